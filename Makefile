@@ -1,0 +1,25 @@
+# make run: train mnist_resnet with the five points.  make test: the whole suite.  TORCH=2.5.1 picks a torch, in its own environment.
+VENV := .venv$(if $(TORCH),-$(TORCH))
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: run test lint clean
+run: $(VENV)/installed
+	$(BIN)/python -m runner --workload=mnist_resnet --submission_path=submission.py \
+	  --tuning_search_space=tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 \
+	  --experiment_dir=experiments_out --experiment_name=first_run --overwrite
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+$(VENV)/installed: pyproject.toml requirements.txt runner/data-requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),torch==$(TORCH)) -r requirements.txt -e '.[runner,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r runner/data-requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv* .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build

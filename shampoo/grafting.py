@@ -1,0 +1,41 @@
+"""Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
+
+A method is its second moment V, kept by `update.accumulate` with `second_moment_decay`, and a function (N, V, bc2, eps) ->
+step of N's shape. N is the averaged gradient; bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def sgd(N: Tensor, V: Tensor | None, bc2: float, eps: float) -> Tensor:
+    """N."""
+    return N
+
+
+def rmsprop(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
+    """N / (sqrt(V) + eps), V an average (RMSprop) or a sum (AdaGrad) of squared gradients."""
+    return N / V.sqrt().add_(eps)
+
+
+def adam(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
+    """N / (sqrt(V / bc2) + eps)."""
+    return N / (V / bc2).sqrt_().add_(eps)
+
+
+# "none" means that the preconditioned direction keeps its own length.
+GRAFTING: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "none": sgd,
+    "sgd": sgd,
+    "adagrad": rmsprop,
+    "rmsprop": rmsprop,
+    "adam": adam,
+}
+
+
+def second_moment_decay(method: str, beta2: float) -> float | None:
+    """The decay of V under `method`: None where there is no V, 1.0 (a plain sum) for AdaGrad, beta2 otherwise."""
+    if method in ("none", "sgd"):
+        return None
+    return 1.0 if method == "adagrad" else beta2

@@ -1,0 +1,209 @@
+"""AdamW-style Shampoo as a torch optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, update
+from .grafting import GRAFTING, second_moment_decay
+from .layout import apply, flatten, load, stack_views
+from .options import OPTIONS, check_gradients, check_options, check_parameters
+from .state import Bucket, make_buckets
+
+FOREIGN_KEYS = {"params", "param_names", "step", "name", "initial_lr", "lr_scale"}  # of groups; schedulers and libraries add them
+
+
+class AdamWShampoo(Optimizer):
+    """Shampoo with AdamW's conventions: averaged gradients and factors, decoupled decay, blocking, grafting.
+
+    For a matrix W with gradient G, L and R being averages of G G^T and G^T G and M one of G, it moves W along
+    L^(-1/4) M R^(-1/4) (`update.py` has the formulas), each block of at most block_size x block_size on its own and scaled to the
+    length that the grafting method's step would have.
+
+    Args:
+        params: tensors, named tensors (torch >= 2.6) or group dicts; every option below may differ per group. Weights of any
+            floating dtype; state is float32 (float64 for float64 weights).
+        lr: learning rate; torch schedulers may change it.
+        betas: decay of the gradient's average (theta in the paper) and of the factors' (beta); betas[1] = 1 is a plain sum.
+        eps: added to every eigenvalue of a factor before its root.
+        weight_decay: W <- W - lr weight_decay W if decoupled_weight_decay (the convention of torch.optim.AdamW), else added
+            to the gradient as weight_decay W. Decoupled decay enters before momentum.
+        momentum, nesterov: an average of the directions with this decay; 0 is none, and then nesterov does nothing.
+        nadam: look one averaging step ahead, (betas[0] M + (1 - betas[0]) G) instead of M.
+        bias_correction: divide averages by 1 - beta^t.
+        block_size, merge_dims: see `blocking`.
+        max_dim: a parameter with a dimension >= max_dim gets no factors; it moves by its grafting method (by Adam where that is
+            "none" or "sgd").
+        precondition_frequency: steps between refreshes of the roots.
+        start_preconditioning_step: step of the first refresh; before it the grafting method moves alone. None: the first
+            multiple of precondition_frequency. With grafting "none" roots are zero before it, and only decay acts.
+        exponents, exponent_multiplier: see `update.block_exponents`; None is 1/(2k) for each of k dimensions.
+        grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
+        grafting_beta2: decay of the grafting method's second moment; None: betas[1].
+        grafting_eps: added to the square root of the second moment.
+        normalized_grafting: feed the grafting method G / ||G||_F, block by block.
+        solver: how roots are computed, one of `roots.SOLVERS`.
+
+    Raises:
+        ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
+        RuntimeError: in `step`, for a sparse or complex gradient; before anything is changed.
+
+    Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1,
+    exponents=(1/p, 1/q), block_size at least the largest dimension.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        nadam: bool = False,
+        bias_correction: bool = True,
+        block_size: int = 1024,
+        merge_dims: bool = True,
+        max_dim: int = 1_000_000,
+        precondition_frequency: int = 10,
+        start_preconditioning_step: int | None = None,
+        exponents: float | tuple[float, float] | None = None,
+        exponent_multiplier: float = 1.0,
+        grafting: str = "adam",
+        grafting_beta2: float | None = None,
+        grafting_eps: float = 1e-8,
+        normalized_grafting: bool = False,
+        solver: str = "eigh",
+    ):
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
+        self._buckets: list[list[Bucket]] = []  # of each group
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not name take the optimizer's. Raises ValueError as the constructor does."""
+        unknown = set(param_group) - set(OPTIONS) - FOREIGN_KEYS
+        if unknown:
+            raise ValueError(f"a parameter group has the unknown options {sorted(unknown)}; allowed are {sorted(OPTIONS)}")
+        check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("step", 0)
+        try:
+            check_parameters(group)
+            self._buckets.append(make_buckets(group))
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            check_gradients(group)
+        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
+            if any(p.grad is not None for p in group["params"]):
+                group["step"] += 1
+                for bucket in buckets:
+                    step_bucket(bucket, group, group["step"])
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's optimizers': options, and state for each parameter. `checkpoint` lists its keys."""
+        return {**super().state_dict(), "state": checkpoint.pack(self._buckets, self._params())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a `state_dict()` in; the options come from it, as in torch. Raises ValueError, leaving the optimizer as it was."""
+        groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
+        for group in groups:
+            check_options(group)
+        buckets = [make_buckets(group) for group in groups]
+        checkpoint.unpack(buckets, saved)
+        places = iter(range(len(saved)))
+        numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
+        super().load_state_dict({"state": {}, "param_groups": numbered})
+        self._buckets = buckets
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def __getstate__(self) -> dict[str, Any]:  # torch keeps only groups and state, for pickle and deepcopy
+        return {**super().__getstate__(), "_buckets": self._buckets}
+
+
+def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> None:
+    """Step t = 1, 2, ... of the algorithm for those of a bucket's parameters that have a gradient."""
+    plan, decay, decoupled = bucket.layout, group["weight_decay"], group["decoupled_weight_decay"]
+    place = (bucket.dtype, bucket.params[0].device)
+
+    # 1. Gradients, and weights where decay needs them, from parameters to stacks.
+    moving = [None if p.grad is None else p for p in bucket.params]
+    G = load(plan, [p.grad for p in bucket.params], *place)
+    W = load(plan, moving, *place) if decay else None
+    missing = any(p is None for p in moving)
+    present = load(plan, [None if p is None else torch.ones_like(p) for p in moving], *place) if missing else None
+    if W is not None and not decoupled:
+        G.add_(W, alpha=decay)
+
+    # 2. Factors, roots and moments give the direction.
+    update_preconditioner(bucket, group, t, G, present)
+    P = direction(bucket, group, t, G, present)
+    if W is not None and decoupled:
+        P = P.add(W, alpha=decay)
+    if bucket.momentum_buffer is not None:
+        P = update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
+
+    # 3. From stacks back to parameters.
+    apply(plan, moving, P, scale=-group["lr"])
+
+
+def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:
+    """Factors from the gradients G; roots from the factors, at step `start` and at later multiples of the frequency."""
+    plan, beta2, frequency = bucket.layout, group["betas"][1], group["precondition_frequency"]
+    blocks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
+    for factors, stack, here in zip(bucket.factors, stack_views(plan, G), blocks, strict=True):
+        update.update_factors(factors, stack, beta2, here)
+    start = first_refresh(group)
+    if t == start or (t > start and t % frequency == 0):
+        bc2 = update.bias_correction(beta2, t) if group["bias_correction"] else 1.0
+        for inv_roots, factors, exponents in zip(bucket.inv_roots, bucket.factors, bucket.exponents, strict=True):
+            update.refresh_roots(inv_roots, factors, exponents, bc2, group["eps"], group["solver"])
+
+
+def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> Tensor:
+    """The flat direction P of gradients G: the averaged gradient, preconditioned and at the length of the grafting method's step."""
+    plan, method = bucket.layout, bucket.grafting
+    beta1, beta2 = group["betas"]
+    graft_G = flatten(map(update.normalize, stack_views(plan, G))) if group["normalized_grafting"] else G
+    graft_beta2 = beta2 if group["grafting_beta2"] is None else group["grafting_beta2"]
+    V, graft_bc2 = bucket.exp_avg_sq, update.bias_correction(graft_beta2, t)
+    if V is not None:
+        update.accumulate(V, graft_G * graft_G, second_moment_decay(method, graft_beta2), present)
+
+    def graft(N: Tensor) -> Tensor:
+        return GRAFTING[method](N, V, graft_bc2, group["grafting_eps"])
+
+    bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0
+    N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
+    if not bucket.factored or (t < first_refresh(group) and method != "none"):
+        return graft(N)
+    P = [update.precondition(stack, roots) for stack, roots in zip(stack_views(plan, N), bucket.inv_roots, strict=True)]
+    if method != "none":
+        lengths = stack_views(plan, graft(graft_G if group["normalized_grafting"] else N))
+        P = list(map(update.rescale, P, lengths))
+    return flatten(P)
+
+
+def first_refresh(group: dict[str, Any]) -> int:
+    """The step of the first roots."""
+    return group["start_preconditioning_step"] or group["precondition_frequency"]

@@ -1,0 +1,113 @@
+"""What each option of the optimizer may be, and the checks that say so."""
+
+from collections.abc import Callable
+from math import inf, isfinite
+from typing import Any
+
+import torch
+
+from .grafting import GRAFTING
+from .roots import SOLVERS
+
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the words for what is
+
+
+def real(low: float, high: float = inf, *, above: bool = False, below: bool = False) -> Rule:
+    """A finite number in [low, high]; with `above` not low itself, with `below` not high itself."""
+
+    def allowed(x: Any) -> bool:
+        number = isinstance(x, (int, float)) and not isinstance(x, bool) and isfinite(x)
+        return number and low <= x <= high and not (above and x == low) and not (below and x == high)
+
+    bounds = [f"{'>' if above else '>='} {low}"] + ([f"{'<' if below else '<='} {high}"] if high < inf else [])
+    return allowed, f"a number {' and '.join(bounds)}"
+
+
+def integer(low: int) -> Rule:
+    """An int >= low."""
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low, f"an integer >= {low}"
+
+
+def one_of(*values: Any) -> Rule:
+    """One of the values, of the same type."""
+    return lambda x: any(x == v and type(x) is type(v) for v in values), "one of " + ", ".join(map(repr, values))
+
+
+def pair(first: Rule, second: Rule) -> Rule:
+    """A tuple or list of two."""
+    return (
+        lambda x: isinstance(x, (tuple, list)) and len(x) == 2 and first[0](x[0]) and second[0](x[1]),
+        f"a pair: {first[1]}, and {second[1]}",
+    )
+
+
+def either(*rules: Rule) -> Rule:
+    """What any of the rules allows."""
+    return lambda x: any(allowed(x) for allowed, _ in rules), ", or ".join(words for _, words in rules)
+
+
+NONE: Rule = (lambda x: x is None, "None")
+BOOL: Rule = one_of(True, False)
+EXPONENT: Rule = real(0)
+
+OPTIONS: dict[str, Rule] = {
+    "lr": real(0),
+    "betas": pair(real(0, 1, below=True), real(0, 1)),
+    "eps": real(0, above=True),
+    "weight_decay": real(0),
+    "decoupled_weight_decay": BOOL,
+    "momentum": real(0, 1, below=True),
+    "nesterov": BOOL,
+    "nadam": BOOL,
+    "bias_correction": BOOL,
+    "block_size": integer(1),
+    "merge_dims": BOOL,
+    "max_dim": integer(1),
+    "precondition_frequency": integer(1),
+    "start_preconditioning_step": either(integer(1), NONE),
+    "exponents": either(EXPONENT, pair(EXPONENT, EXPONENT), NONE),
+    "exponent_multiplier": real(0),
+    "grafting": one_of(*GRAFTING),
+    "grafting_beta2": either(real(0, 1), NONE),
+    "grafting_eps": real(0),
+    "normalized_grafting": BOOL,
+    "solver": one_of(*SOLVERS),
+}
+
+
+def check_value(name: str, value: Any, rule: Rule) -> None:
+    """Raise ValueError unless the rule allows the value."""
+    allowed, words = rule
+    if not allowed(value):
+        raise ValueError(f"{name} is {value!r}; it must be {words}")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError, naming option, value and what is allowed, unless every option is there and in range."""
+    for name, rule in OPTIONS.items():
+        if name not in options:
+            raise ValueError(f"option {name} is missing; it must be {rule[1]}")
+        check_value(name, options[name], rule)
+
+
+def parameter_name(group: dict[str, Any], i: int) -> str:
+    """What errors call the i-th parameter of a group: its name where the group has names, and its place and shape."""
+    names = group.get("param_names")
+    return f"parameter {names[i] if names else i} of shape {tuple(group['params'][i].shape)}"
+
+
+def check_parameters(group: dict[str, Any]) -> None:
+    """Raise ValueError if a parameter is not a dense tensor of a real floating dtype."""
+    for i, p in enumerate(group["params"]):
+        if not p.is_floating_point() or p.layout != torch.strided:
+            raise ValueError(f"{parameter_name(group, i)} has dtype {p.dtype} and layout {p.layout}; it must be real, floating and dense")
+
+
+def check_gradients(group: dict[str, Any]) -> None:
+    """Raise RuntimeError if a gradient is sparse or complex."""
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+            raise RuntimeError(
+                f"the gradient of {parameter_name(group, i)} has layout {p.grad.layout} and dtype {p.grad.dtype}; "
+                "it must be dense and real (for an embedding: sparse=False)"
+            )

@@ -1,0 +1,32 @@
+"""Learning-rate schedule: linear warm-up, then cosine to zero."""
+
+from functools import partial
+from math import cos, pi
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+TAILS = ("zero", "rise")
+
+
+def warmup_cosine_factor(step: int, num_steps: float, warmup_steps: int, tail: str) -> float:
+    """What lr is multiplied with at a step counted from 0.
+
+    1e-10 + (1 - 1e-10) step / warmup_steps during warm-up, then (1 + cos(pi s)) / 2 with
+    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1). Past s = 1: tail "zero" stays at 0; "rise" goes on along the
+    cosine, up to 1 and down again, as torch's LinearLR and CosineAnnealingLR in a SequentialLR do, which the competition ran.
+    """
+    if step < warmup_steps:
+        return 1e-10 + (1 - 1e-10) * step / warmup_steps
+    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return (1 + cos(pi * (min(s, 1.0) if tail == "zero" else s))) / 2
+
+
+def warmup_cosine(optimizer: Optimizer, num_steps: float, warmup_steps: int, tail: str = "zero") -> LambdaLR:
+    """A torch scheduler that multiplies each group's lr with `warmup_cosine_factor`; step it once after each optimizer step.
+
+    Raises ValueError for an unknown tail.
+    """
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}; it must be one of {', '.join(TAILS)}")
+    return LambdaLR(optimizer, partial(warmup_cosine_factor, num_steps=num_steps, warmup_steps=warmup_steps, tail=tail))

@@ -1,0 +1,148 @@
+"""AdamW-style Shampoo on stacks of blocks.
+
+One step for a matrix parameter W of shape (m, n) with gradient G, as Li, Dong & Lin analyse it (arXiv 2601.07326; their abstract
+names the method, the details below are our reading of it):
+
+    L <- beta2 L + (1 - beta2) G G^T          R <- beta2 R + (1 - beta2) G^T G        update_factors
+    X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                refresh_roots
+    M <- beta1 M + (1 - beta1) G                                                      average
+    P = X_L M X_R                                                                     precondition
+    W <- (1 - lr wd) W - lr P                                                         optimizer.step
+
+The competition's submission adds bias corrections, NAdam's look-ahead, grafting (`rescale`) and momentum on P.
+
+Shapes: a stack is B blocks of one shape, (B, d1, ..., dk); a block of order k has k factors. Functions that work elementwise
+take any shape and are called once on the flat vector of all stacks. `present` is None when every block has a gradient; otherwise
+it broadcasts against the state, 1 where the block has a gradient and 0 where it has none: such a block's state stays as it is.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .roots import inverse_root
+
+
+def bias_correction(beta: float, t: int) -> float:
+    """1 - beta^t in float32 arithmetic, as the competition ran it; 1.0 for beta = 1, a plain sum.
+
+    A beta that float32 rounds to 1 is taken in float64.
+    """
+    if beta == 1.0:
+        return 1.0
+    rounded = ctypes.c_float(ctypes.c_float(beta).value ** t).value
+    return ctypes.c_float(1.0 - rounded).value or 1.0 - beta**t
+
+
+def block_exponents(
+    order: int, exponents: float | tuple[float, float] | None, multiplier: float
+) -> tuple[float, ...]:
+    """The exponent of each factor's inverse root, for a block of the given order k.
+
+    None: 1/(2k) each. A float: that each. A pair (left, right): left for the first dimension, right/(k-1) for each other one;
+    a block of order 1 gets left + right. All times the multiplier.
+    """
+    if exponents is None:
+        each = [1 / (2 * order)] * order
+    elif isinstance(exponents, float):
+        each = [exponents] * order
+    else:
+        left, right = exponents
+        each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
+    return tuple(multiplier * e for e in each)
+
+
+def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> None:
+    """S <- beta S + (1 - beta) X, in place; for beta = 1 a plain sum, S <- S + X (X being 0 where not present)."""
+    if beta == 1.0:
+        S.add_(X)
+    else:
+        S.lerp_(X, 1 - beta if present is None else (1 - beta) * present)
+
+
+def unfold(G: Tensor, d: int) -> Tensor:
+    """(B, d1, ..., dk) -> (B, d_d, product of the others), d from 1: the matrix whose rows run along dimension d."""
+    return G.movedim(d, 1).flatten(2) if G.dim() > 2 else G.unsqueeze(2)
+
+
+def update_factors(factors: Sequence[Tensor | None], G: Tensor, beta2: float, present: Tensor | None) -> None:
+    """A_d <- beta2 A_d + (1 - beta2) G_d G_d^T in place, G_d = unfold(G, d); for beta2 = 1 a plain sum.
+
+    factors[d - 1]: (B, d_d, d_d), None where the exponent is zero; present: (B, 1, 1) or None.
+    """
+    for d, A in enumerate(factors, start=1):
+        if A is None:
+            continue
+        Gd = unfold(G, d)
+        if present is None:
+            A.baddbmm_(Gd, Gd.mT, beta=beta2, alpha=1 - beta2 if beta2 < 1 else 1)
+        else:
+            accumulate(A, Gd @ Gd.mT, beta2, present)
+
+
+def refresh_roots(
+    inv_roots: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+    exponents: Sequence[float],
+    bc2: float,
+    eps: float,
+    solver: str,
+) -> None:
+    """X_d <- (A_d / bc2 + eps I)^(-exponents[d]) in place, for each dimension with a factor: (B, d_d, d_d).
+
+    Raises FloatingPointError if a factor holds NaN or Inf.
+    """
+    for X, A, p in zip(inv_roots, factors, exponents, strict=True):
+        if A is None or X is None:
+            continue
+        if not torch.isfinite(A).all():
+            raise FloatingPointError(f"a factor of shape {tuple(A.shape)} holds NaN or Inf: a gradient was not finite, or overflowed when squared")
+        X.copy_(inverse_root(A / bc2, p, eps, solver, previous=X))
+
+
+def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:
+    """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1, a new tensor.
+
+    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G itself, uncorrected.
+    """
+    if M is None:
+        return G
+    accumulate(M, G, beta1, present)
+    N = M.lerp(G, 1 - beta1) if nadam else M
+    return N / bc1
+
+
+def precondition(N: Tensor, inv_roots: Sequence[Tensor | None]) -> Tensor:
+    """Contract N (B, d1, ..., dk) with X_d (B, d_d, d_d) along each dimension d; for matrices X_1 N X_2."""
+    last = len(inv_roots)
+    for d, X in enumerate(inv_roots, start=1):
+        if X is None:
+            continue
+        if d == last > 1:  # X is symmetric: from the right, no transposed copy
+            N = (N.flatten(1, -2) @ X).view(N.shape)
+        else:
+            N = (X @ unfold(N, d)).view(N.movedim(d, 1).shape).movedim(1, d)
+    return N
+
+
+def block_norms(S: Tensor) -> Tensor:
+    """The Frobenius norm of each block: (B, d1, ..., dk) -> (B, 1, ..., 1)."""
+    return torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim())), keepdim=True)
+
+
+def normalize(S: Tensor) -> Tensor:
+    """S / (||S||_F + 1e-16), block by block."""
+    return S / (block_norms(S) + 1e-16)
+
+
+def rescale(P: Tensor, S: Tensor) -> Tensor:
+    """Give each block of P the Frobenius norm of S's: P ||S||_F / (||P||_F + 1e-16)."""
+    return P * (block_norms(S) / (block_norms(P) + 1e-16))
+
+
+def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> Tensor:
+    """B <- mu B + (1 - mu) P in place; returns B, or with nesterov (1 - mu) P + mu B."""
+    accumulate(B, P, mu, present)
+    return P.lerp(B, mu) if nesterov else B

@@ -1,0 +1,115 @@
+"""The update, dense, in float64, one block at a time: slow, and short enough to read beside the paper.
+
+It shares no code with `shampoo/`. Bias corrections are rounded to float32 on purpose, as the specification of the competition's
+update has them.
+"""
+
+from itertools import product
+
+import numpy as np
+
+
+def correction(beta, t):
+    return 1.0 if beta == 1 else float(np.float32(1) - np.float32(beta) ** np.float32(t))
+
+
+def merged(shape, limit, merge):
+    out = []
+    for n in shape if merge else []:
+        if n != 1 and out and out[-1] * n <= limit:
+            out[-1] *= n
+        elif n != 1:
+            out.append(n)
+    return tuple(out if merge else shape) or (1,)
+
+
+def slices(shape, size):
+    return list(product(*[[slice(a, min(a + size, n)) for a in range(0, n, size)] for n in shape]))
+
+
+def power_of(order, d, exponents, multiplier):
+    if exponents is None:
+        return multiplier / (2 * order)
+    if not isinstance(exponents, tuple):
+        return multiplier * exponents
+    left, right = exponents
+    return multiplier * (left + right if order == 1 else left if d == 0 else right / (order - 1))
+
+
+def root(A, p, eps):
+    lam, Q = np.linalg.eigh(A)
+    return (Q * (lam - min(lam.min(), 0) + eps) ** -p) @ Q.T
+
+
+class Block:
+    def __init__(self, shape, o, factored):
+        self.factored, self.graft = factored, o["grafting"]
+        if not factored and self.graft in ("none", "sgd"):
+            self.graft = "adam"
+        self.powers = [power_of(len(shape), d, o["exponents"], o["exponent_multiplier"]) for d in range(len(shape))]
+        self.A = [np.zeros((n, n)) for n in shape]
+        self.X = [np.zeros((n, n)) for n in shape]
+        self.M, self.V, self.B = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def step(self, G, W, t, lr, o):
+        """The new weights; G is None where the gradient is missing: then only the roots move."""
+        (b1, b2), wd, k = o["betas"], o["weight_decay"], o["precondition_frequency"]
+        start = o["start_preconditioning_step"] or k
+        gb2 = b2 if o["grafting_beta2"] is None else o["grafting_beta2"]
+        gb2 = 1.0 if self.graft == "adagrad" else gb2
+        bc1, bc2 = (correction(b1, t), correction(b2, t)) if o["bias_correction"] else (1.0, 1.0)
+        present = G is not None
+        if present:
+            G = G + wd * W if not o["decoupled_weight_decay"] else G
+            for d, A in enumerate(self.A):
+                U = np.moveaxis(G, d, 0).reshape(G.shape[d], -1)
+                self.A[d] = A + U @ U.T if b2 == 1 else b2 * A + (1 - b2) * U @ U.T
+            g = G / (np.linalg.norm(G) + 1e-16) if o["normalized_grafting"] else G
+            self.V = self.V + g * g if gb2 == 1 else gb2 * self.V + (1 - gb2) * g * g
+        if t == start or (t > start and t % k == 0):
+            self.X = [root(A / bc2, p, o["eps"]) for A, p in zip(self.A, self.powers)]
+        if not present:
+            return W
+        self.M = b1 * self.M + (1 - b1) * G
+        N = (b1 * self.M + (1 - b1) * G if o["nadam"] else self.M) / bc1 if b1 else G
+        if not self.factored or (t < start and self.graft != "none"):
+            P = self.grafted(N, gb2, t, o)
+        else:
+            P = N
+            for d, (X, p) in enumerate(zip(self.X, self.powers)):
+                P = P if p == 0 else np.moveaxis(np.tensordot(X, P, (1, d)), 0, d)
+            if self.graft != "none":
+                length = np.linalg.norm(self.grafted(g if o["normalized_grafting"] else N, gb2, t, o))
+                P = P * length / (np.linalg.norm(P) + 1e-16)
+        P = P + wd * W if o["decoupled_weight_decay"] else P
+        mu = o["momentum"]
+        if mu:
+            self.B = mu * self.B + (1 - mu) * P
+            P = (1 - mu) * P + mu * self.B if o["nesterov"] else self.B
+        return W - lr * P
+
+    def grafted(self, N, gb2, t, o):
+        if self.graft in ("none", "sgd"):
+            return N
+        return N / (np.sqrt(self.V / (correction(gb2, t) if self.graft == "adam" else 1)) + o["grafting_eps"])
+
+
+def trajectory(weights, gradients, lrs, options):
+    """Weights after each step, float64: `gradients[t][i]` is an array or None for parameter i; options of one group."""
+    o = options
+    W = [np.array(w, dtype=np.float64) for w in weights]
+    shapes = [merged(w.shape, o["block_size"], o["merge_dims"]) for w in W]
+    blocks = [
+        [(s, Block(np.zeros(shape)[s].shape, o, max(w.shape, default=1) < o["max_dim"])) for s in slices(shape, o["block_size"])]
+        for w, shape in zip(W, shapes)
+    ]
+    t, out = 0, []
+    for grads, lr in zip(gradients, lrs):
+        t += any(g is not None for g in grads)
+        for i, (g, shape) in enumerate(zip(grads, shapes)):
+            w, g = W[i].reshape(shape).copy(), None if g is None else np.float64(g).reshape(shape)
+            for s, block in blocks[i] if any(x is not None for x in grads) else []:
+                w[s] = block.step(None if g is None else g[s], w[s], t, lr, o)
+            W[i] = w.reshape(W[i].shape)
+        out.append([w.copy() for w in W])
+    return out
