@@ -44,8 +44,6 @@ def cut(shape: tuple[int, ...], block_size: int) -> list[Tile]:
 
     Returns tiles in row-major order of their starts; none for a shape without elements.
     """
-    if prod(shape) == 0:
-        return []
     chunks = []  # for each dimension: (start, number of chunks, size of a chunk)
     for size in shape:
         full, rest = divmod(size, block_size)

@@ -34,9 +34,9 @@ class Bucket:
 
 
 def make_buckets(group: dict[str, Any]) -> list[Bucket]:
-    """Sort a group's parameters into buckets and allocate their state, all zeros."""
+    """Sort a group's parameters into buckets and allocate their state, all zeros; a parameter without elements is in none."""
     members: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
-    for p in group["params"]:
+    for p in filter(torch.numel, group["params"]):
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         members.setdefault((p.device, dtype, max(p.shape, default=1) < group["max_dim"]), []).append(p)
     return [_make_bucket(params, group, dtype, factored) for (_, dtype, factored), params in members.items()]

@@ -1,0 +1,196 @@
+"""`python -m runner`: run a submission on a workload, with the flags of AlgoPerf's submission runner."""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import app, flags
+from tqdm import tqdm
+
+from . import ALGOPERF
+from .data import DataError
+from .logs import MetricLogger, experiment_folder, write_json
+from .loop import Settings, run_trial
+from .report import plot_trials, read_trials, to_target, trial_table
+from .search_space import read_points
+from .workloads import WORKLOADS, load_workload
+from .workloads.base import LaptopWorkload
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workload", None, f"one of {', '.join(WORKLOADS)}", required=True)
+flags.DEFINE_string("submission_path", None, "the submission's Python file", required=True)
+flags.DEFINE_string("tuning_search_space", None, "JSON: a list of points, or a range for each hyperparameter", required=True)
+flags.DEFINE_string("experiment_dir", None, "where experiments are kept", required=True)
+flags.DEFINE_string("experiment_name", None, "a folder in experiment_dir", required=True)
+flags.DEFINE_integer("num_tuning_trials", 1, "how many points to run", lower_bound=1)
+flags.DEFINE_integer("hparam_start_index", None, "the first point to run, from 0")
+flags.DEFINE_integer("hparam_end_index", None, "the point to stop before")
+flags.DEFINE_integer("max_global_steps", None, "steps after which a trial ends", lower_bound=1)
+flags.DEFINE_integer("rng_seed", None, "seed of weights, data order and search space; None: drawn anew", lower_bound=0)
+flags.DEFINE_boolean("save_checkpoints", True, "save model and optimizer at every evaluation")
+flags.DEFINE_boolean("save_intermediate_checkpoints", False, "keep all checkpoints, not only the latest (AlgoPerf's default: true)")
+flags.DEFINE_boolean("resume_last_run", False, "continue an experiment from its checkpoints")
+flags.DEFINE_boolean("overwrite", False, "replace an experiment of the same name")
+flags.DEFINE_boolean("torch_compile", False, "compile the model (AlgoPerf's default: true)")
+flags.DEFINE_enum("framework", "pytorch", ["pytorch"], "PyTorch only")
+flags.DEFINE_enum("tuning_ruleset", "external", ["external"], "external tuning only")
+
+MEANINGLESS = {  # AlgoPerf's flags that a pasted command line may have
+    "data_dir": "the data ships inside packages",
+    "imagenet_v2_data_dir": "there is no ImageNet",
+    "librispeech_tokenizer_vocab_path": "there is no tokenizer",
+    "pytorch_eval_num_workers": "there are no loader processes",
+    "set_pytorch_max_split_size": "models are small",
+}
+for _name, _reason in MEANINGLESS.items():
+    flags.DEFINE_string(_name, None, f"accepted and ignored: {_reason}")
+
+
+def say(text: str) -> None:
+    """Print a line, above the progress line where there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def load_submission(path: str) -> ModuleType:
+    """Import a submission as AlgoPerf does, by the path's dotted name from this folder; from its own folder if it is elsewhere.
+
+    Raises ValueError if there is no such file, or it lacks a function of the API.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"the submission path is {path!r}; it must be a Python file that exists")
+    root = Path.cwd() if Path.cwd() in file.parents else file.parent
+    sys.path.insert(0, str(root))
+    module = importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
+    needed = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
+    if missing := [name for name in needed if not hasattr(module, name)]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, which every submission must have")
+    return module
+
+
+def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkload) -> int:
+    """The submission's batch size for the workload; the workload's own if the submission does not know it."""
+    try:
+        return submission.get_batch_size(name)
+    except ValueError:
+        return workload.default_batch_size
+
+
+def trial_seed(folder: Path) -> int:
+    """The seed of a trial: the flag's, that of the run which is continued, or a new one."""
+    earlier = folder / "meta_data_0.json"
+    if FLAGS.rng_seed is not None:
+        return FLAGS.rng_seed
+    return json.loads(earlier.read_text())["rng_seed"] if earlier.exists() else int.from_bytes(os.urandom(3))
+
+
+class Progress:
+    """One line in a terminal: step, loss, metric, time left. Elsewhere a plain line for each evaluation."""
+
+    def __init__(self, title: str, workload: LaptopWorkload):
+        self._title, self._metric = title, f"validation/{workload.target_metric_name}"
+        steps = min(FLAGS.max_global_steps or workload.step_hint, workload.step_hint)
+        self._bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+    def __call__(self, step: int, logger: MetricLogger, evaluated: bool) -> None:
+        """Show the newest metrics after a step."""
+        shown = {name: f"{logger.last[name]:.4g}" for name in ("loss", self._metric) if name in logger.last}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if evaluated and self._bar.disable:
+            metrics = "  ".join(f"{name} {value}" for name, value in shown.items())
+            say(f"{self._title}  step {step}  {metrics}  {logger.last['accumulated_submission_time']:.1f} s")
+
+    def close(self) -> None:
+        """Remove the line."""
+        self._bar.close()
+
+
+def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[Any]) -> None:
+    """Let the submission build its optimizer at every point, so that a bad one is known before the first trial. Raises ValueError."""
+    for i, point in enumerate(points, start=1):
+        model, model_state = workload.init_model_fn([0, 0])
+        try:
+            submission.init_optimizer_state(workload, model, model_state, point, [0, 0])
+        except ValueError as error:
+            raise ValueError(f"{FLAGS.tuning_search_space}, point {i}: {error}") from error
+
+
+def resumable(folder: Path) -> None:
+    """Raise ValueError if a trial was evaluated but has no checkpoint: to continue it would mix two runs in one file."""
+    for trial in folder.glob("trial_*"):
+        if (trial / "eval_measurements.csv").exists() and not any(trial.glob("checkpoint_*")):
+            raise ValueError(f"{trial} has no checkpoint to continue from; give --overwrite to start anew, or another name")
+
+
+def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> None:
+    """Run the chosen points one after the other. A trial that fails leaves its error in error.txt; the next one begins."""
+    settings = Settings(
+        batch_size=global_batch_size(submission, FLAGS.workload, workload),
+        max_global_steps=FLAGS.max_global_steps,
+        save_checkpoints=FLAGS.save_checkpoints,
+        save_intermediate_checkpoints=FLAGS.save_intermediate_checkpoints,
+        torch_compile=FLAGS.torch_compile,
+        flags=FLAGS.flag_values_dict(),
+    )
+    for i, point in islice(enumerate(points, start=1), FLAGS.hparam_start_index, FLAGS.hparam_end_index):
+        trial = folder / f"trial_{i}"
+        trial.mkdir(exist_ok=True)
+        if (saved := trial / "hparams.json").exists():
+            point = type(point)(**json.loads(saved.read_text()))
+        write_json(saved, point._asdict())
+        progress = Progress(f"trial {i}/{len(points)}", workload)
+        try:
+            run_trial(workload, submission, point, trial_seed(trial), trial, settings, progress)
+        except Exception as error:
+            (trial / "error.txt").write_text(traceback.format_exc())
+            say(f"trial {i} failed: {error!r}; see {trial / 'error.txt'}")
+        finally:
+            progress.close()
+
+
+def summarize(workload: LaptopWorkload, folder: Path) -> None:
+    """Print the table of trials and where to look further; draw the picture."""
+    trials = read_trials(folder)
+    if not trials:
+        sys.exit("error: no trial was evaluated")
+    picture = folder / "validation.png"
+    plot_trials(workload, FLAGS.workload, trials, picture)
+    hits = sum(to_target(workload, evaluations) is not None for _, evaluations in trials.values())
+    relation = ">" if workload.higher_is_better else "<"
+    target = f"validation {workload.target_metric_name} {relation} {workload.validation_target_value:g}"
+    say(f"\n{trial_table(workload, trials).to_string()}\n")
+    say(f"{hits} of {len(trials)} trials reached the target, {target}")
+    say(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")
+
+
+def main(_: list[str]) -> None:
+    """Check all that can be checked before the first step, run the trials, sum up."""
+    say(ALGOPERF)
+    for name, reason in MEANINGLESS.items():
+        if FLAGS[name].present:
+            say(f"--{name} has no meaning here: {reason}")
+    try:
+        workload = load_workload(FLAGS.workload)
+        submission = load_submission(FLAGS.submission_path)
+        points = read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
+        check_points(workload, submission, points)
+        folder = experiment_folder(
+            FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
+        )
+        resumable(folder)
+    except (ValueError, FileExistsError, DataError) as error:
+        sys.exit(f"error: {error}")
+    run_trials(workload, submission, points, folder)
+    summarize(workload, folder)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,103 @@
+"""The files of a run, laid out and named as AlgoPerf's: `EXPERIMENT_DIR/EXPERIMENT_NAME/WORKLOAD_pytorch/trial_N/`."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+
+def experiment_folder(experiment_dir: str, name: str, workload: str, resume: bool, overwrite: bool) -> Path:
+    """The folder of a run, made if it is new.
+
+    Raises ValueError for a name that leads out of experiment_dir, FileExistsError for a folder that exists and is neither to be
+    resumed nor overwritten.
+    """
+    root = Path(experiment_dir).expanduser().resolve()
+    folder = (root / name / f"{workload}_pytorch").resolve()
+    if not name or root not in folder.parents or folder.parent == root:
+        raise ValueError(f"the experiment name is {name!r}; it must name a folder inside {root}")
+    if folder.exists() and overwrite:
+        shutil.rmtree(folder)
+    elif folder.exists() and not resume:
+        raise FileExistsError(f"{folder} exists; give --resume_last_run to continue it, --overwrite to replace it, or another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object; what JSON does not know is written as text."""
+    path.write_text(json.dumps(dict(content), indent=2, default=str))
+
+
+def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
+    """The workload's plain properties, the machine, the versions and the seed."""
+    names = [name for name in dir(workload) if not name.startswith("_") and name not in ("param_shapes", "model_params_types")]
+    values = {name: getattr(workload, name) for name in names}
+    return {
+        **{f"workload.{name}": value for name, value in values.items() if isinstance(value, (bool, int, float, str))},
+        "os_platform": platform.platform(),
+        "python_version": platform.python_version(),
+        "torch_version": torch.__version__,
+        "cpu_count": os.cpu_count(),
+        "gpu_count": torch.cuda.device_count(),
+        "rng_seed": rng_seed,
+    }
+
+
+class MetricLogger:
+    """Appends metrics to measurements.csv, those of evaluations to eval_measurements.csv too, and all to TensorBoard."""
+
+    def __init__(self, folder: Path):
+        self.last: dict[str, float] = {}  # the newest value of every metric, for the progress line
+        self._folder = folder
+        self._events = SummaryWriter(str(folder))
+
+    def append_scalar_metrics(
+        self, metrics: dict[str, float], global_step: int, preemption_count: int | None = None, is_eval: bool = False
+    ) -> None:
+        """Append one row; the columns are sorted when a file is new, later ones come behind them."""
+        row = {**metrics, "global_step": global_step}
+        if preemption_count is not None:
+            row["preemption_count"] = preemption_count
+        for name in ("measurements.csv", "eval_measurements.csv")[: 1 + is_eval]:
+            append_row(self._folder / name, row)
+        for name, value in row.items():
+            self._events.add_scalar(name, value, global_step)
+        self._events.flush()
+        self.last.update(row)
+
+    def finish(self) -> None:
+        """Close the event file."""
+        self._events.close()
+
+
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Append a row to a CSV file, with new columns where needed; whoever reads sees the old file or the new one, whole."""
+    new = pd.DataFrame([row], columns=sorted(row))
+    table = pd.concat([pd.read_csv(path), new]) if path.exists() else new
+    partial = path.with_suffix(".partial")
+    table.to_csv(partial, index=False)
+    partial.replace(path)
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_others: bool) -> None:
+    """Write checkpoint_STEP, whole or not at all; then remove earlier ones unless they are to be kept."""
+    path = folder / f"checkpoint_{state['global_step']}"
+    torch.save(dict(state), folder / "partial")
+    (folder / "partial").replace(path)
+    for other in () if keep_others else folder.glob("checkpoint_*"):
+        if other != path:
+            other.unlink()
+
+
+def latest_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The checkpoint with the most steps, or None. Only tensors and plain values are read."""
+    paths = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.removeprefix("checkpoint_")))
+    return torch.load(paths[-1], map_location=device, weights_only=True) if paths else None

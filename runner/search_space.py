@@ -1,0 +1,55 @@
+"""Search spaces: a list of points, or a range for each hyperparameter."""
+
+import collections
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import qmc
+
+
+def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
+    """The first points of a search space as namedtuples: at most num_trials of a list, num_trials samples of a range space.
+
+    A range space maps each name to {"feasible_points": [...]} or {"min": a, "max": b, "scaling": "linear" or "log"}; samples
+    follow scipy's scrambled Halton sequence with the seed. Raises ValueError, naming file, key and remedy.
+    """
+    try:
+        space = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the search space {path} cannot be read: {error}") from error
+    if isinstance(space, list) and space and all(isinstance(point, dict) for point in space):
+        points = space[:num_trials]
+        for i, point in enumerate(points):
+            if point.keys() != points[0].keys():
+                raise ValueError(
+                    f"{path}: point {i + 1} must have the keys of point 1; they differ in {sorted(point.keys() ^ points[0].keys())}"
+                )
+    elif isinstance(space, dict) and space:
+        samples = qmc.Halton(len(space), scramble=True, seed=seed).random(num_trials)
+        points = [{name: sample(path, name, space[name], x) for name, x in zip(space, row, strict=True)} for row in samples]
+    else:
+        raise ValueError(f"{path} must hold a list of points, or an object with a range for each hyperparameter")
+    try:
+        point_type = collections.namedtuple("Hyperparameters", points[0])  # type: ignore[misc]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return [point_type(**point) for point in points]
+
+
+def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
+    """The value of a hyperparameter at x in [0, 1)."""
+    if isinstance(space, dict) and space.keys() == {"feasible_points"} and isinstance(space["feasible_points"], list):
+        if values := space["feasible_points"]:
+            return values[int(x * len(values))]
+    elif isinstance(space, dict) and space.keys() == {"min", "max", "scaling"}:
+        low, high, scaling = space["min"], space["max"], space["scaling"]
+        if scaling == "linear" and low <= high:
+            return float(low + x * (high - low))
+        if scaling == "log" and 0 < low <= high:
+            return float(low * math.exp(x * math.log(high / low)))
+    raise ValueError(
+        f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}} with a value, or {{"min": a, "max": b, "scaling": s}} '
+        'with a <= b and s "linear" or, where a > 0, "log"'
+    )

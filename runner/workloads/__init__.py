@@ -1,0 +1,18 @@
+"""The workloads by name; each lives in the module of its name."""
+
+import difflib
+import importlib
+
+from .base import LaptopWorkload
+
+WORKLOADS = {"mnist_resnet": "MnistResNet", "pydoc_lm": "PydocLM"}  # module -> class
+
+
+def load_workload(name: str) -> LaptopWorkload:
+    """The workload, its data read and checked. Raises ValueError for an unknown name, `data.DataError` for bad data."""
+    if name not in WORKLOADS:
+        near = difflib.get_close_matches(name, WORKLOADS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}{hint}")
+    module = importlib.import_module(f".{name}", __package__)
+    return getattr(module, WORKLOADS[name])()

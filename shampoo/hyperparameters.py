@@ -1,0 +1,67 @@
+"""One point of a search space -> the options of the optimizer, checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .grafting import GRAFTING
+from .options import BOOL, Rule, check_value, integer, one_of, real
+from .schedule import TAILS
+
+POINT: dict[str, Rule] = {
+    "learning_rate": real(0, above=True),
+    "one_minus_beta1": real(0, 1, above=True),  # 1: no average of gradients
+    "one_minus_beta2": real(0, 1),  # 0: factors are plain sums
+    "epsilon": real(0, above=True),
+    "weight_decay": real(0),  # decoupled
+    "one_minus_momentum": real(0, 1, above=True),  # 1: no momentum
+    "nesterov": BOOL,
+    "nadam": BOOL,
+    "block_size": integer(1),
+    "precondition_frequency": integer(1),
+    "start_preconditioning_step": integer(0),  # 0: the first multiple of the frequency
+    "inverse_root": integer(0),  # 0: 2k for a block of order k; r > 0: A^(-1/r) on every dimension
+    "exponent_multiplier": real(0),
+    "grafting": one_of(*GRAFTING),
+    "grafting_epsilon": real(0),
+    "normalized_grafting": BOOL,
+    "warmup_factor": real(0, 1),  # share of the schedule's steps
+    "step_hint_factor": real(0, above=True),  # the schedule's steps over the workload's step hint
+    "schedule_tail": one_of(*TAILS),
+    "label_smoothing": real(0, 1, below=True),
+    "dropout_rate": real(0, 1, below=True),
+}
+OPTIONAL: dict[str, Rule] = {"grad_clip": real(0, above=True)}  # largest norm of the whole gradient
+
+
+def check_point(point: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming key, value and what is allowed, unless the point has every key of POINT, in range, and no others."""
+    missing, unknown = POINT.keys() - point.keys(), point.keys() - POINT.keys() - OPTIONAL.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"a point of the search space must have the keys {sorted(POINT)} and may have {sorted(OPTIONAL)}; "
+            f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
+        )
+    for key, value in point.items():
+        check_value(f"hyperparameter {key}", value, (POINT | OPTIONAL)[key])
+
+
+def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of AdamWShampoo at a point. Raises ValueError as `check_point` does."""
+    check_point(point)
+    return {
+        "lr": point["learning_rate"],
+        "betas": (1 - point["one_minus_beta1"], 1 - point["one_minus_beta2"]),
+        "eps": point["epsilon"],
+        "weight_decay": point["weight_decay"],
+        "momentum": 1 - point["one_minus_momentum"],
+        "nesterov": point["nesterov"],
+        "nadam": point["nadam"],
+        "block_size": point["block_size"],
+        "precondition_frequency": point["precondition_frequency"],
+        "start_preconditioning_step": point["start_preconditioning_step"] or None,
+        "exponents": 1 / point["inverse_root"] if point["inverse_root"] else None,
+        "exponent_multiplier": point["exponent_multiplier"],
+        "grafting": point["grafting"],
+        "grafting_eps": point["grafting_epsilon"],
+        "normalized_grafting": point["normalized_grafting"],
+    }

@@ -1,0 +1,158 @@
+"""Distributed AdamW-style Shampoo as an AlgoPerf submission for the external tuning ruleset.
+
+AlgoPerf calls the functions below; the mathematics is in `shampoo/`, the hyperparameters are in `tuning_search_space.json`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable_dist
+from algoperf import spec
+from torch import Tensor
+
+if __package__:  # AlgoPerf imports submissions.external_tuning.NAME.submission from its root, or `submission` from this folder
+    from .shampoo import AdamWShampoo
+    from .shampoo.hyperparameters import optimizer_options
+    from .shampoo.schedule import warmup_cosine
+else:
+    from shampoo import AdamWShampoo
+    from shampoo.hyperparameters import optimizer_options
+    from shampoo.schedule import warmup_cosine
+
+BATCH_SIZES = {  # as published
+    "criteo1tb": 262_144,
+    "fastmri": 32,
+    "imagenet_resnet": 1024,
+    "imagenet_resnet_silu": 512,
+    "imagenet_resnet_gelu": 512,
+    "imagenet_vit": 1024,
+    "librispeech_conformer": 200,
+    "librispeech_deepspeech": 224,
+    "ogbg": 512,
+    "wmt": 128,
+    "mnist": 16,
+}
+LOGGING_PERIOD = 50  # steps; reading the loss waits for the device
+
+
+def get_batch_size(workload_name: str) -> int:
+    """The global batch size. Raises ValueError for another name: AlgoPerf then asks for the base workload's."""
+    if workload_name not in BATCH_SIZES:
+        raise ValueError(f"no batch size for the workload {workload_name!r}; there is one for {', '.join(BATCH_SIZES)}")
+    return BATCH_SIZES[workload_name]
+
+
+def init_optimizer_state(
+    workload: spec.Workload,
+    model_params: spec.ParameterContainer,
+    model_state: spec.ModelAuxiliaryState,
+    hyperparameters: spec.Hyperparameters,
+    rng: spec.RandomState,
+) -> spec.OptimizerState:
+    """The optimizer and its learning-rate schedule. Raises ValueError for a hyperparameter that is missing or out of range."""
+    options = optimizer_options(hyperparameters._asdict())
+    optimizer = AdamWShampoo(model_params.parameters(), **options)
+    num_steps = hyperparameters.step_hint_factor * workload.step_hint
+    warmup_steps = int(hyperparameters.warmup_factor * num_steps)
+    scheduler = warmup_cosine(optimizer, num_steps, warmup_steps, hyperparameters.schedule_tail)
+    return {"optimizer": optimizer, "scheduler": scheduler}
+
+
+def update_params(
+    workload: spec.Workload,
+    current_param_container: spec.ParameterContainer,
+    current_params_types: spec.ParameterTypeTree,
+    model_state: spec.ModelAuxiliaryState,
+    hyperparameters: spec.Hyperparameters,
+    batch: dict[str, Tensor],
+    loss_type: spec.LossType,
+    optimizer_state: spec.OptimizerState,
+    eval_results: list[tuple[int, float]],
+    global_step: int,
+    rng: spec.RandomState,
+    train_state: dict[str, Any] | None = None,
+) -> spec.UpdateReturn:
+    """One step: loss and gradients of the batch, then the optimizer's update."""
+    model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    logits, model_state = workload.model_fn(
+        params=model,
+        augmented_and_preprocessed_input_batch=batch,
+        model_state=model_state,
+        mode=spec.ForwardPassMode.TRAIN,
+        rng=rng,
+        update_batch_norm=True,
+        dropout_rate=hyperparameters.dropout_rate,
+    )
+    losses = workload.loss_fn(
+        label_batch=batch["targets"],
+        logits_batch=logits,
+        mask_batch=batch.get("weights"),
+        label_smoothing=hyperparameters.label_smoothing,
+    )
+    loss = mean_loss(losses["summed"], losses["n_valid_examples"])
+    loss.backward()
+
+    log = workload.metrics_logger is not None and global_step % LOGGING_PERIOD == 0
+    grad_clip = getattr(hyperparameters, "grad_clip", None)
+    if grad_clip is not None:
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    elif log:
+        grad_norm = gradient_norm(model)
+    if log:
+        metrics = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": scheduler.get_last_lr()[0]}
+        workload.metrics_logger.append_scalar_metrics(metrics, global_step)
+    optimizer.step()
+    scheduler.step()
+    return optimizer_state, model, model_state
+
+
+def prepare_for_eval(
+    workload: spec.Workload,
+    current_param_container: spec.ParameterContainer,
+    current_params_types: spec.ParameterTypeTree,
+    model_state: spec.ModelAuxiliaryState,
+    hyperparameters: spec.Hyperparameters,
+    loss_type: spec.LossType,
+    optimizer_state: spec.OptimizerState,
+    eval_results: list[tuple[int, float]],
+    global_step: int,
+    rng: spec.RandomState,
+) -> spec.UpdateReturn:
+    """Nothing to prepare: the weights that train are the weights to evaluate."""
+    return optimizer_state, current_param_container, model_state
+
+
+def data_selection(
+    workload: spec.Workload,
+    input_queue: Iterator[dict[str, Tensor]],
+    optimizer_state: spec.OptimizerState,
+    current_param_container: spec.ParameterContainer,
+    model_state: spec.ModelAuxiliaryState,
+    hyperparameters: spec.Hyperparameters,
+    global_step: int,
+    rng: spec.RandomState,
+) -> dict[str, Tensor]:
+    """The next batch of the queue."""
+    return next(input_queue)
+
+
+def mean_loss(summed: Tensor, count: Tensor) -> Tensor:
+    """The loss per valid example of the global batch.
+
+    Over several ranks sum and count are added up. The sum's gradient is too, once per rank, which DDP's average over ranks undoes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        summed = differentiable_dist.all_reduce(summed)
+        count = count.clone()
+        dist.all_reduce(count)
+    return summed / count
+
+
+def gradient_norm(model: torch.nn.Module) -> Tensor:
+    """The Frobenius norm of all gradients together."""
+    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.linalg.vector_norm(torch.stack(norms))
