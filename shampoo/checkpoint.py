@@ -48,13 +48,15 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
 
     Raises ValueError, naming the parameter, where something is missing or has another shape.
     """
+    place = {p: i for i, p in enumerate(saved)}
 
     def find(p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
         x = saved[p].get(name)
         found = "nothing" if x is None else f"shape {tuple(x.shape)}"
         if x is None or x.shape != shape:
-            number = list(saved).index(p)
-            raise ValueError(f"the state of parameter {number} of shape {tuple(p.shape)} holds {found} for {name}; it must have shape {shape}")
+            raise ValueError(
+                f"the state of parameter {place[p]} of shape {tuple(p.shape)} holds {found} for {name}; it must have shape {shape}"
+            )
         return x
 
     for bucket in chain(*buckets):

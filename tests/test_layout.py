@@ -1,0 +1,88 @@
+"""Blocks, stacks and the flat vector: every element of every parameter in exactly one place."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shampoo.blocking import cut, merge_dims
+from shampoo.layout import apply, build_layout, flatten, gather, load, stack_views, tile_view
+
+shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
+
+
+@pytest.mark.parametrize(
+    ("shape", "merged"),
+    [
+        ((64, 64, 3, 3), (64, 576)),
+        ((512, 512, 3, 3), (512, 512, 9)),
+        ((1280,), (1280,)),
+        ((1, 8, 1), (8,)),
+        ((), (1,)),
+        ((1, 1), (1,)),
+        ((4, 300, 2, 5), (4, 600, 5)),
+        ((2048, 512, 1, 1), (2048, 512)),
+        ((32, 32, 1, 7), (1024, 7)),
+    ],
+)
+def test_merged_dimensions(shape, merged):
+    assert merge_dims(shape, 1024) == merged
+
+
+@given(shape=shapes, limit=st.integers(1, 50))
+def test_merging_keeps_elements_and_joins_all_it_may(shape, limit):
+    merged = merge_dims(shape, limit)
+    assert prod(merged) == prod(shape)
+    assert all(a * b > limit for a, b in zip(merged, merged[1:]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tiles"),
+    [
+        ((1280,), [((0,), (1,), (1024,)), ((1024,), (1,), (256,))]),
+        ((2500, 30), [((0, 0), (2, 1), (1024, 30)), ((2048, 0), (1, 1), (452, 30))]),
+        ((2048, 2048), [((0, 0), (2, 2), (1024, 1024))]),
+        ((0, 4), []),
+    ],
+)
+def test_tiles(shape, tiles):
+    assert cut(shape, 1024) == tiles
+
+
+@given(shape=shapes.filter(len), block_size=st.integers(1, 10))
+def test_tiles_cover_every_element_once(shape, block_size):
+    X = torch.zeros(shape)
+    tiles = cut(shape, block_size)
+    for tile in tiles:
+        assert max(tile.block) <= block_size
+        tile_view(X, tile).add_(1)
+    assert (X == 1).all()
+    assert len(tiles) <= 2 ** len(shape)
+
+
+@settings(deadline=None)
+@given(shapes=st.lists(shapes, min_size=1, max_size=5), block_size=st.integers(1, 10), merge=st.booleans(), seed=st.integers(0, 99))
+def test_load_gather_and_apply_are_consistent(shapes, block_size, merge, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    layout = build_layout(shapes, block_size, merge)
+    flat = load(layout, tensors, torch.float32, torch.device("cpu"))
+    assert flat.numel() == layout.numel == sum(x.numel() for x in tensors)
+    assert torch.equal(flatten(stack_views(layout, flat)), flat)
+    assert all(torch.equal(gather(layout, flat, i, x.shape), x) for i, x in enumerate(tensors))
+    doubled = [x.clone() for x in tensors]
+    apply(layout, [*doubled[:-1], None], flat, 1.0)
+    assert all(torch.equal(x, 2 * y) for x, y in zip(doubled[:-1], tensors))
+    assert torch.equal(doubled[-1], tensors[-1])
+
+
+def test_a_stack_holds_the_blocks_of_one_shape_in_the_order_of_parameters():
+    layout = build_layout([(4, 6), (2, 3), (5, 3)], block_size=3, merge=False)
+    X, Y, Z = torch.arange(24.0).view(4, 6), 100 + torch.arange(6.0).view(2, 3), 200 + torch.arange(15.0).view(5, 3)
+    flat = load(layout, [X, Y, Z], torch.float32, torch.device("cpu"))
+    by_shape = {tuple(stack.shape[1:]): stack for stack in stack_views(layout, flat)}
+    expected = {(3, 3): [X[:3, :3], X[:3, 3:], Z[:3]], (1, 3): [X[3:, :3], X[3:, 3:]], (2, 3): [Y, Z[3:]]}
+    assert by_shape.keys() == expected.keys()
+    assert all(torch.equal(by_shape[shape], torch.stack(blocks)) for shape, blocks in expected.items())
