@@ -1,10 +1,10 @@
 """One trial: AlgoPerf's training loop, with its clock. Timed are steps, data and `prepare_for_eval`; evaluation and logging are not."""
 
 import inspect
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -29,6 +29,19 @@ class Settings:
     flags: dict[str, Any]
 
 
+TRAIN_STATE: dict[str, Any] = {  # at the start of a trial
+    "validation_goal_reached": False,
+    "test_goal_reached": False,
+    "is_time_remaining": True,
+    "last_eval_time": 0,
+    "training_complete": False,
+    "accumulated_submission_time": 0,
+    "accumulated_eval_time": 0,
+    "accumulated_logging_time": 0,
+    "last_step_end_time": None,
+}
+
+
 def split(rng: np.ndarray, count: int) -> np.ndarray:
     """(count, 2) random states from one; each is two ints below 2^31."""
     return (np.random.SeedSequence(rng.tolist()).generate_state(2 * count) >> 1).astype(np.int64).reshape(count, 2)
@@ -46,6 +59,41 @@ def now() -> float:
     return time.time()
 
 
+@dataclass
+class Trial:
+    """Everything that changes during a trial; a checkpoint holds it."""
+
+    workload: LaptopWorkload
+    submission: ModuleType
+    hyperparameters: Any
+    folder: Path
+    settings: Settings
+    logger: MetricLogger
+    queue: Iterator[dict[str, Any]]
+    model: Any
+    model_state: Any
+    optimizer_state: dict[str, Any]
+    train_state: dict[str, Any]
+    eval_results: list[tuple[int, dict[str, float]]]
+    global_step: int
+    preemption_count: int
+    start: float
+
+    def arguments(self) -> dict[str, Any]:
+        """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
+        return {
+            "workload": self.workload,
+            "current_param_container": self.model,
+            "current_params_types": self.workload.model_params_types,
+            "model_state": self.model_state,
+            "hyperparameters": self.hyperparameters,
+            "loss_type": self.workload.loss_type,
+            "optimizer_state": self.optimizer_state,
+            "eval_results": self.eval_results,
+            "global_step": self.global_step,
+        }
+
+
 def run_trial(
     workload: LaptopWorkload,
     submission: ModuleType,
@@ -55,118 +103,134 @@ def run_trial(
     settings: Settings,
     progress: Callable[[int, MetricLogger, bool], None],
 ) -> None:
-    """Train until both targets are reached, the time is up, or the submission or max_global_steps ends it; continue a checkpoint.
+    """Train until both targets are reached, the time is up, or the submission or max_global_steps ends it.
 
-    `progress` is called after every step with the step, the logger, whose `last` holds the newest metrics, and whether it evaluated.
+    The trial goes on from its folder's latest checkpoint, if there is one. `progress` is called after every step with the step,
+    the logger, whose `last` holds the newest metrics, and whether an evaluation followed.
     """
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
     if settings.torch_compile:
         model = torch.compile(model)
-    optimizer_state = submission.init_optimizer_state(workload, model, model_state, hyperparameters, optimizer_rng)
-    queue = workload._build_input_queue(data_rng, "train", "", settings.batch_size)
+    trial = Trial(
+        workload,
+        submission,
+        hyperparameters,
+        folder,
+        settings,
+        logger=MetricLogger(folder),
+        queue=workload._build_input_queue(data_rng, "train", "", settings.batch_size),
+        model=model,
+        model_state=model_state,
+        optimizer_state=submission.init_optimizer_state(workload, model, model_state, hyperparameters, optimizer_rng),
+        train_state=dict(TRAIN_STATE),
+        eval_results=[],
+        global_step=0,
+        preemption_count=0,
+        start=0.0,
+    )
+    restore(trial)
+    write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
+    write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
+    workload.attach_metrics_logger(trial.logger)
 
-    train_state: dict[str, Any] = {
-        "validation_goal_reached": False,
-        "test_goal_reached": False,
-        "is_time_remaining": True,
-        "last_eval_time": 0,
-        "training_complete": False,
-        "accumulated_submission_time": 0,
-        "accumulated_eval_time": 0,
-        "accumulated_logging_time": 0,
-        "last_step_end_time": None,
-    }
-    eval_results: list[tuple[int, dict[str, float]]] = []
-    global_step, preemption_count = 0, 0
-    if (checkpoint := latest_checkpoint(folder, DEVICE)) is not None:
-        model.load_state_dict(checkpoint["model_params"])
-        for key, value in optimizer_state.items():
-            value.load_state_dict(checkpoint["optimizer_state"][key])
-        train_state, eval_results = checkpoint["train_state"], list(checkpoint["eval_results"])
-        global_step, preemption_count = checkpoint["global_step"], checkpoint["preemption_count"] + 1
-        queue = itertools.islice(queue, global_step, None)
+    state = trial.train_state
+    trial.start = state["last_step_end_time"] = now()
+    while state["is_time_remaining"] and not finished(state):
+        select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, trial.global_step), 4)
+        step_end = step(trial, select_rng, update_rng)
+        due = step_end - state["last_eval_time"] >= workload.eval_period_time_sec or state["training_complete"]
+        evaluated = due and evaluate(trial, prepare_rng, eval_rng)
+        progress(trial.global_step, trial.logger, evaluated)
+        state["last_step_end_time"] = now()
 
-    write_json(folder / f"meta_data_{preemption_count}.json", meta_data(workload, rng_seed))
-    write_json(folder / f"flags_{preemption_count}.json", settings.flags)
-    logger = MetricLogger(folder)
-    workload.attach_metrics_logger(logger)
-
-    def save() -> None:
-        if settings.save_checkpoints:
-            state = {
-                "model_params": model.state_dict(),
-                "optimizer_state": {key: value.state_dict() for key, value in optimizer_state.items()},
-                "model_state": model_state,
-                "train_state": train_state,
-                "eval_results": tuple(eval_results),
-                "global_step": global_step,
-                "preemption_count": preemption_count,
-            }
-            save_checkpoint(folder, state, settings.save_intermediate_checkpoints)
-
-    def common() -> dict[str, Any]:  # what AlgoPerf passes to update_params and prepare_for_eval alike
-        return {
-            "workload": workload,
-            "current_param_container": model,
-            "current_params_types": workload.model_params_types,
-            "model_state": model_state,
-            "hyperparameters": hyperparameters,
-            "loss_type": workload.loss_type,
-            "optimizer_state": optimizer_state,
-            "eval_results": eval_results,
-            "global_step": global_step,
-        }
-
-    takes_train_state = "train_state" in inspect.signature(submission.update_params).parameters
-    prepare_for_eval = getattr(submission, "prepare_for_eval", None)
-    start = train_state["last_step_end_time"] = now()
-    while train_state["is_time_remaining"] and not finished(train_state):
-        select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, global_step), 4)
-        batch = submission.data_selection(
-            workload, queue, optimizer_state, model, model_state, hyperparameters, global_step, select_rng
-        )
-        extra = {"train_state": MappingProxyType(train_state)} if takes_train_state else {}
-        try:
-            optimizer_state, model, model_state = submission.update_params(**common(), batch=batch, rng=update_rng, **extra)
-        except spec.TrainingCompleteError:
-            train_state["training_complete"] = True
-        global_step += 1
-        if global_step == settings.max_global_steps:
-            train_state["training_complete"] = True
-        step_end = now()
-        train_state["accumulated_submission_time"] += step_end - train_state["last_step_end_time"]
-
-        if step_end - train_state["last_eval_time"] >= workload.eval_period_time_sec or train_state["training_complete"]:
-            del batch
-            if prepare_for_eval is not None:
-                before = now()
-                optimizer_state, model, model_state = prepare_for_eval(**common(), rng=prepare_rng)
-                train_state["accumulated_submission_time"] += now() - before
-            train_state["is_time_remaining"] = train_state["accumulated_submission_time"] < workload.max_allowed_runtime_sec
-            if train_state["is_time_remaining"]:
-                before = now()
-                result = workload.eval_model(workload.eval_batch_size, model, model_state, eval_rng, "", None, global_step)
-                train_state["validation_goal_reached"] |= workload.has_reached_validation_target(result)
-                train_state["test_goal_reached"] |= workload.has_reached_test_target(result)
-                train_state["last_eval_time"] = logging_start = now()
-                train_state["accumulated_eval_time"] += logging_start - before
-                result["score"] = train_state["accumulated_submission_time"]
-                result["total_duration"] = logging_start - start
-                for name in ("accumulated_submission_time", "accumulated_eval_time", "accumulated_logging_time"):
-                    result[name] = train_state[name]
-                eval_results.append((global_step, result))
-                logger.append_scalar_metrics(result, global_step, preemption_count, is_eval=True)
-                save()
-                train_state["accumulated_logging_time"] += now() - logging_start
-        progress(global_step, logger, bool(eval_results) and eval_results[-1][0] == global_step)
-        train_state["last_step_end_time"] = now()
-
-    logger.append_scalar_metrics({"score": train_state["accumulated_submission_time"]}, global_step, preemption_count)
-    logger.finish()
-    save()
+    trial.logger.append_scalar_metrics({"score": state["accumulated_submission_time"]}, trial.global_step, trial.preemption_count)
+    trial.logger.finish()
+    save(trial)
 
 
 def finished(train_state: dict[str, Any]) -> bool:
     """Whether both targets are reached, or the trial was ended."""
     return train_state["training_complete"] or (train_state["validation_goal_reached"] and train_state["test_goal_reached"])
+
+
+def step(trial: Trial, select_rng: np.ndarray, update_rng: np.ndarray) -> float:
+    """One step of the submission, timed; returns the time at its end."""
+    batch = trial.submission.data_selection(
+        trial.workload,
+        trial.queue,
+        trial.optimizer_state,
+        trial.model,
+        trial.model_state,
+        trial.hyperparameters,
+        trial.global_step,
+        select_rng,
+    )
+    arguments = {**trial.arguments(), "batch": batch, "rng": update_rng}
+    if "train_state" in inspect.signature(trial.submission.update_params).parameters:
+        arguments["train_state"] = MappingProxyType(trial.train_state)
+    try:
+        trial.optimizer_state, trial.model, trial.model_state = trial.submission.update_params(**arguments)
+    except spec.TrainingCompleteError:
+        trial.train_state["training_complete"] = True
+    trial.global_step += 1
+    if trial.global_step == trial.settings.max_global_steps:
+        trial.train_state["training_complete"] = True
+    end = now()
+    trial.train_state["accumulated_submission_time"] += end - trial.train_state["last_step_end_time"]
+    return end
+
+
+def evaluate(trial: Trial, prepare_rng: np.ndarray, eval_rng: np.ndarray) -> bool:
+    """Let the submission prepare, timed; then, while time remains, evaluate, log and save, untimed. Whether time remained."""
+    state, workload = trial.train_state, trial.workload
+    if prepare_for_eval := getattr(trial.submission, "prepare_for_eval", None):
+        before = now()
+        trial.optimizer_state, trial.model, trial.model_state = prepare_for_eval(**trial.arguments(), rng=prepare_rng)
+        state["accumulated_submission_time"] += now() - before
+    state["is_time_remaining"] = state["accumulated_submission_time"] < workload.max_allowed_runtime_sec
+    if not state["is_time_remaining"]:
+        return False
+    before = now()
+    result = workload.eval_model(workload.eval_batch_size, trial.model, trial.model_state, eval_rng, "", None, trial.global_step)
+    state["validation_goal_reached"] |= workload.has_reached_validation_target(result)
+    state["test_goal_reached"] |= workload.has_reached_test_target(result)
+    end = state["last_eval_time"] = now()
+    state["accumulated_eval_time"] += end - before
+    result["score"], result["total_duration"] = state["accumulated_submission_time"], end - trial.start
+    result |= {name: value for name, value in state.items() if name.startswith("accumulated_")}
+    trial.eval_results.append((trial.global_step, result))
+    trial.logger.append_scalar_metrics(result, trial.global_step, trial.preemption_count, is_eval=True)
+    save(trial)
+    state["accumulated_logging_time"] += now() - end
+    return True
+
+
+SAVED = ("train_state", "eval_results", "global_step", "preemption_count")
+
+
+def save(trial: Trial) -> None:
+    """Write a checkpoint, if the run has checkpoints."""
+    if trial.settings.save_checkpoints:
+        state = {
+            "model_params": trial.model.state_dict(),
+            "optimizer_state": {key: value.state_dict() for key, value in trial.optimizer_state.items()},
+            "model_state": trial.model_state,
+            **{name: getattr(trial, name) for name in SAVED},
+        }
+        save_checkpoint(trial.folder, state, trial.settings.save_intermediate_checkpoints)
+
+
+def restore(trial: Trial) -> None:
+    """Go back to the folder's latest checkpoint, if there is one: the same weights, the same state, the next batch of data."""
+    checkpoint = latest_checkpoint(trial.folder, DEVICE)
+    if checkpoint is None:
+        return
+    trial.model.load_state_dict(checkpoint["model_params"])
+    for key, value in trial.optimizer_state.items():
+        value.load_state_dict(checkpoint["optimizer_state"][key])
+    trial.model_state = checkpoint["model_state"]
+    for name in SAVED:
+        setattr(trial, name, checkpoint[name])
+    trial.preemption_count += 1
+    trial.queue = islice(trial.queue, trial.global_step, None)

@@ -1,0 +1,326 @@
+"""The local runner from outside: its files, its clock, resuming, bad input; and its workloads."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from runner import data
+from runner.logs import MetricLogger, append_row, experiment_folder
+from runner.loop import fold_in, split
+from runner.search_space import read_points
+from runner.workloads import WORKLOADS, load_workload
+from runner.workloads.pydoc_lm import TEST_TOPICS, VALIDATION_TOPICS, load_topics
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(folder, *flags, name="e", workload="pydoc_lm", timeout=120, check=True):
+    """Run the command line on one thread; the completed process."""
+    command = [sys.executable, "-m", "runner", f"--workload={workload}", "--submission_path=submission.py"]
+    if not any(flag.startswith("--tuning_search_space") for flag in flags):
+        command.append("--tuning_search_space=tuning_search_space.json")
+    command += [f"--experiment_dir={folder}", f"--experiment_name={name}", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two points, three steps each: its output and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ("--num_tuning_trials=2", "--max_global_steps=3", "--rng_seed=7", "--data_dir=/nowhere", "--framework=pytorch")
+    return run(folder, *flags), folder / "e" / "pydoc_lm_pytorch"
+
+
+def test_first_line_says_where_spec_comes_from(finished):
+    result, _ = finished
+    assert "algoperf" in result.stdout.splitlines()[0]
+    assert "--data_dir has no meaning here" in result.stdout
+
+
+def test_the_files_are_algoperfs(finished):
+    _, folder = finished
+    for trial in ("trial_1", "trial_2"):
+        names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (folder / trial).iterdir()}
+        assert names == {
+            "hparams.json", "meta_data_0.json", "flags_0.json", "measurements.csv", "eval_measurements.csv", "checkpoint_3",
+            "events.out.tfevents",
+        }  # fmt: skip
+    assert json.loads((folder / "trial_2" / "hparams.json").read_text()) == json.loads(
+        (ROOT / "tuning_search_space.json").read_text()
+    )[1]
+
+
+def test_the_columns_are_algoperfs(finished):
+    """As AlgoPerf's own runner wrote them for mnist; its metrics there are accuracy and loss, here the loss alone."""
+    evaluations = pd.read_csv(finished[1] / "trial_1" / "eval_measurements.csv")
+    assert list(evaluations.columns) == [
+        "accumulated_eval_time", "accumulated_logging_time", "accumulated_submission_time", "global_step", "preemption_count",
+        "score", "test/loss", "test/num_examples", "total_duration", "train/loss", "validation/loss", "validation/num_examples",
+    ]  # fmt: skip
+    assert list(evaluations["global_step"]) == [1, 3]  # the first step is always followed by an evaluation, and the last
+    assert (evaluations["score"] == evaluations["accumulated_submission_time"]).all()
+    assert evaluations["score"].is_monotonic_increasing
+    everything = pd.read_csv(finished[1] / "trial_1" / "measurements.csv")
+    assert list(everything.columns[:4]) == ["global_step", "grad_norm", "learning_rate", "loss"]
+    assert len(everything) == 1 + 2 + 1  # one logged step, two evaluations, the final score
+
+
+def test_it_ends_with_a_table_and_a_picture(finished):
+    result, folder = finished
+    table = result.stdout[result.stdout.index("trial 1 ") :]
+    assert all(row in table for row in ("learning_rate", "steps to target", "best validation/loss", "0 of 2 trials reached"))
+    assert "epsilon" not in table  # only what differs
+    assert (folder / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_existing_experiment_is_not_touched(finished):
+    _, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = run(folder.parents[1], "--max_global_steps=1", check=False)
+    assert result.returncode == 1
+    assert all(word in result.stderr for word in (str(folder), "--resume_last_run", "--overwrite"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path):
+    """mnist_resnet has batch norm's buffers too; dropout and data order must go on where they stopped."""
+    flags = ("--rng_seed=3", "--num_tuning_trials=1")
+    space = json.loads((ROOT / "tuning_search_space.json").read_text())
+    (tmp_path / "space.json").write_text(json.dumps([{**space[0], "precondition_frequency": 2}]))
+    flags += (f"--tuning_search_space={tmp_path / 'space.json'}",)
+    for workload in WORKLOADS:
+        run(tmp_path, *flags, "--max_global_steps=6", name="whole", workload=workload)
+        run(tmp_path, *flags, "--max_global_steps=3", name="halves", workload=workload)
+        part = tmp_path / "halves" / f"{workload}_pytorch" / "trial_1"
+        checkpoint = torch.load(part / "checkpoint_3", weights_only=True)
+        checkpoint["train_state"]["training_complete"] = False  # as a checkpoint on the way has it
+        torch.save(checkpoint, part / "checkpoint_3")
+        run(tmp_path, "--resume_last_run", *flags[1:], "--max_global_steps=6", name="halves", workload=workload)  # the seed is kept
+        ends = [torch.load(tmp_path / name / f"{workload}_pytorch/trial_1/checkpoint_6", weights_only=True) for name in ("whole", "halves")]
+        assert ends[1]["preemption_count"] == 1
+        for key, expected in ends[0]["model_params"].items():
+            torch.testing.assert_close(ends[1]["model_params"][key], expected, rtol=0, atol=1e-6)
+
+
+def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "from submission import *\n"
+        "import submission\n"
+        "def update_params(**arguments):\n"
+        "    if arguments['hyperparameters'].grafting == 'sgd':\n"
+        "        raise ArithmeticError('diverged')\n"
+        "    return submission.update_params(**arguments)\n"
+    )
+    result = run(tmp_path, f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=4", "--hparam_start_index=2", "--max_global_steps=1")
+    assert "trial 3 failed: ArithmeticError('diverged')" in result.stdout
+    assert "diverged" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
+    assert "trial 4" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workload=mnist_resnt"], "unknown workload 'mnist_resnt'; there are mnist_resnet, pydoc_lm; did you mean mnist_resnet?"),
+        (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
+        (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
+        (["--tuning_search_space=nothing.json"], "the search space nothing.json cannot be read"),
+        (["--experiment_name=../elsewhere"], "the experiment name is '../elsewhere'; it must name a folder inside"),
+    ],
+)
+def test_bad_flags_are_named_with_their_remedy(tmp_path, flags, message):
+    result = run(tmp_path / "inside", *flags, check=False)
+    assert result.returncode == 1
+    assert f"error: {message}" in result.stderr or message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not tmp_path.exists() or not any(tmp_path.iterdir())
+
+
+def test_every_point_is_checked_before_the_first_trial(tmp_path):
+    points = json.loads((ROOT / "tuning_search_space.json").read_text())
+    del points[1]["epsilon"], points[0]["epsilon"], points[2]["epsilon"], points[3]["epsilon"], points[4]["epsilon"]
+    (tmp_path / "space.json").write_text(json.dumps(points))
+    result = run(tmp_path, f"--tuning_search_space={tmp_path / 'space.json'}", "--num_tuning_trials=2", check=False)
+    assert result.returncode == 1
+    assert re.search(r"space\.json, point 1: .*missing: \['epsilon'\]", result.stderr)
+    assert not (tmp_path / "e").exists()
+
+
+# Search spaces
+
+
+def write(tmp_path, space):
+    path = tmp_path / "space.json"
+    path.write_text(json.dumps(space))
+    return path
+
+
+def test_a_list_space_gives_its_first_points(tmp_path):
+    points = read_points(write(tmp_path, [{"a": i, "b": "x"} for i in range(5)]), 3, seed=0)
+    assert [point._asdict() for point in points] == [{"a": i, "b": "x"} for i in range(3)]
+
+
+def test_a_range_space_is_sampled_evenly_and_by_seed(tmp_path):
+    space = {
+        "lr": {"min": 1e-4, "max": 1e-1, "scaling": "log"},
+        "momentum": {"min": 0.5, "max": 1.0, "scaling": "linear"},
+        "grafting": {"feasible_points": ["adam", "sgd", "none"]},
+    }
+    path = write(tmp_path, space)
+    points = read_points(path, 300, seed=1)
+    assert points == read_points(path, 300, seed=1) != read_points(path, 300, seed=2)
+    decades = np.histogram(np.log10([point.lr for point in points]), bins=[-4, -3, -2, -1])[0]
+    halves = np.histogram([point.momentum for point in points], bins=[0.5, 0.75, 1.0])[0]
+    thirds = [sum(point.grafting == name for point in points) for name in ("adam", "sgd", "none")]
+    assert abs(decades - 100).max() <= 3  # random points would stray by 8
+    assert abs(halves - 150).max() <= 3
+    assert abs(np.array(thirds) - 100).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ([{"a": 1, "b": 2}, {"a": 1}], r"point 2 must have the keys of point 1; they differ in \['b'\]"),
+        ({"lr": {"min": 0.0, "max": 1.0, "scaling": "log"}}, "lr is .*; it must be"),
+        ({"lr": {"min": 1.0, "max": 0.0, "scaling": "linear"}}, "lr is .*; it must be"),
+        ({"lr": {"min": 1.0, "max": 2.0}}, "lr is .*; it must be"),
+        ({"lr": {"feasible_points": []}}, "lr is .*; it must be"),
+        ([], "must hold a list of points"),
+        ("text", "must hold a list of points"),
+        ([{"not a name": 1}], "not a name"),
+    ],
+)
+def test_a_bad_space_is_refused(tmp_path, space, message):
+    with pytest.raises(ValueError, match=message):
+        read_points(write(tmp_path, space), 2, seed=0)
+
+
+# Data and workloads
+
+
+def test_a_changed_or_missing_data_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("changed")
+    with pytest.raises(data.DataError, match=r"file has sha256 [0-9a-f]{64}; it must have abc; reinstall it"):
+        data.checked(tmp_path / "file", "abc", "reinstall it")
+    with pytest.raises(data.DataError, match="nothing does not exist; reinstall it"):
+        data.checked(tmp_path / "nothing", "abc", "reinstall it")
+    with pytest.raises(data.DataError, match=r"pip install --no-deps no_such_package==1\.2"):
+        data.package_file("no_such_package", "1.2", "file", "abc")
+
+
+@pytest.fixture(scope="module", params=WORKLOADS)
+def workload(request):
+    return load_workload(request.param)
+
+
+def test_splits_are_disjoint_and_the_same_every_time(workload):
+    rows = {split: {tuple(x.flatten().tolist()) for x in examples["inputs"]} for split, examples in workload._splits.items()}
+    assert not rows["train"] & rows["validation"]
+    assert not (rows["train"] | rows["validation"]) & rows["test"]
+    assert rows["eval_train"] <= rows["train"]
+    again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
+    assert all(torch.equal(x, again._splits[s][key]) for s, examples in workload._splits.items() for key, x in examples.items())
+
+
+def test_pydoc_topics_of_different_splits_share_no_passage():
+    topics = load_topics()
+    names = {"validation": VALIDATION_TOPICS, "test": TEST_TOPICS}
+    names["train"] = tuple(topics.keys() - {*VALIDATION_TOPICS, *TEST_TOPICS})
+    passages = {s: {topics[n][i : i + 60] for n in group for i in range(len(topics[n]) - 59)} for s, group in names.items()}
+    assert not passages["train"] & passages["validation"]
+    assert not (passages["train"] | passages["validation"]) & passages["test"]
+
+
+def test_weights_and_batches_depend_on_the_seed_alone(workload):
+    rngs = split(np.array([0, 1]), 2)
+    weights = [[p.detach().clone() for p in workload.init_model_fn(rng)[0].parameters()] for rng in (rngs[0], rngs[0], rngs[1])]
+    assert all(torch.equal(p, q) for p, q in zip(weights[0], weights[1]))
+    assert any(not torch.equal(p, q) for p, q in zip(weights[0], weights[2]))
+    batches = [next(workload._build_input_queue(rng, "train", "", 8))["inputs"] for rng in (rngs[0], rngs[0], rngs[1])]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_an_epoch_holds_every_example_once_and_the_next_is_shuffled_anew(workload):
+    size = workload.num_train_examples
+    queue = workload._build_input_queue(fold_in(np.array([0, 1]), 5), "train", "", size // 4)
+    epochs = [torch.cat([next(queue)["inputs"].flatten(1) for _ in range(4)]) for _ in range(2)]
+    whole = workload._splits["train"]["inputs"].flatten(1)
+    assert all(len(epoch) == size // 4 * 4 for epoch in epochs)
+    if size % 4 == 0:
+        assert all(torch.equal(epoch.double().sum(0), whole.double().sum(0)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_parameter_types_are_algoperfs(workload):
+    model, _ = workload.init_model_fn([0, 0])
+    kinds = {name: kind.name for name, kind in workload.model_params_types.items()}
+    assert kinds.keys() == dict(model.named_parameters()).keys() == workload.param_shapes.keys()
+    expected = {
+        "MnistResNet": {
+            "conv.weight": "CONV_WEIGHT",
+            "bn.weight": "BATCH_NORM_SCALE",
+            "blocks.2.skip.1.bias": "BATCH_NORM_BIAS",
+            "output.weight": "WEIGHT",
+            "output.bias": "BIAS",
+        },
+        "PydocLM": {
+            "characters.weight": "EMBEDDING",
+            "layers.0.qkv.weight": "ATTENTION_QKV",
+            "layers.0.qkv.bias": "ATTENTION_BIAS",
+            "layers.1.out.weight": "ATTENTION_OUT",
+            "layers.1.norm1.weight": "LAYER_NORM_SCALE",
+            "norm.bias": "LAYER_NORM_BIAS",
+            "layers.0.up.weight": "WEIGHT",
+            "output.bias": "BIAS",
+        },
+    }[type(workload).__name__]
+    assert {name: kinds[name] for name in expected} == expected
+    assert [name for name in kinds if workload.is_output_params(name)] == ["output.weight", "output.bias"]
+
+
+def test_a_mask_leaves_examples_out(workload):
+    model, _ = workload.init_model_fn([0, 0])
+    batch = next(workload._build_input_queue([0, 0], "validation", "", 6))
+    logits = model.eval()(batch["inputs"])
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    masked = workload.loss_fn(batch["targets"], logits, mask)
+    kept = workload.loss_fn(batch["targets"][mask > 0], logits[mask > 0])
+    assert masked["n_valid_examples"] == kept["n_valid_examples"] == 4
+    torch.testing.assert_close(masked["summed"], kept["summed"])
+    assert (masked["per_example"][mask == 0] == 0).all()
+
+
+# Logs
+
+
+def test_rows_are_appended_with_new_columns_behind(tmp_path):
+    path = tmp_path / "m.csv"
+    append_row(path, {"b": 1.0, "a": 2.0})
+    append_row(path, {"c": 3.0, "a": 4.0})
+    assert path.read_text() == "a,b,c\n2.0,1.0,\n4.0,,3.0\n"
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = MetricLogger(tmp_path)
+    logger.append_scalar_metrics({"loss": 2.0}, 0)
+    logger.append_scalar_metrics({"loss": 1.5}, 50)
+    logger.finish()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 2.0), (50, 1.5)]
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/tmp/x", ".", ""])
+def test_an_experiment_stays_inside_its_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="must name a folder inside"):
+        experiment_folder(str(tmp_path / "a"), name, "w", resume=False, overwrite=True)
