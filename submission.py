@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable_dist
 from algoperf import spec
 from torch import Tensor
 
@@ -93,8 +92,8 @@ def update_params(
         mask_batch=batch.get("weights"),
         label_smoothing=hyperparameters.label_smoothing,
     )
-    loss = mean_loss(losses["summed"], losses["n_valid_examples"])
-    loss.backward()
+    local_loss, loss = global_loss(losses["summed"], losses["n_valid_examples"])
+    local_loss.backward()
 
     log = workload.metrics_logger is not None and global_step % LOGGING_PERIOD == 0
     grad_clip = getattr(hyperparameters, "grad_clip", None)
@@ -140,16 +139,18 @@ def data_selection(
     return next(input_queue)
 
 
-def mean_loss(summed: Tensor, count: Tensor) -> Tensor:
-    """The loss per valid example of the global batch.
+def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The loss to differentiate on this rank, and the mean loss over the valid examples of the global batch.
 
-    Over several ranks sum and count are added up. The sum's gradient is too, once per rank, which DDP's average over ranks undoes.
+    The latter is sum / count, both added up over ranks. DDP averages the ranks' gradients; so each rank's own sum is divided by
+    the global count and multiplied by the number of ranks.
     """
+    totals = torch.stack([summed.detach(), torch.as_tensor(count, dtype=summed.dtype, device=summed.device)])
+    ranks = 1
     if dist.is_available() and dist.is_initialized():
-        summed = differentiable_dist.all_reduce(summed)
-        count = count.clone()
-        dist.all_reduce(count)
-    return summed / count
+        dist.all_reduce(totals)
+        ranks = dist.get_world_size()
+    return summed * ranks / totals[1], totals[0] / totals[1]
 
 
 def gradient_norm(model: torch.nn.Module) -> Tensor:

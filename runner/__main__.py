@@ -34,10 +34,10 @@ flags.DEFINE_integer("hparam_end_index", None, "the point to stop before")
 flags.DEFINE_integer("max_global_steps", None, "steps after which a trial ends", lower_bound=1)
 flags.DEFINE_integer("rng_seed", None, "seed of weights, data order and search space; None: drawn anew", lower_bound=0)
 flags.DEFINE_boolean("save_checkpoints", True, "save model and optimizer at every evaluation")
-flags.DEFINE_boolean("save_intermediate_checkpoints", False, "keep all checkpoints, not only the latest (AlgoPerf's default: true)")
+flags.DEFINE_boolean("save_intermediate_checkpoints", False, "keep all, not only the latest (AlgoPerf: true)")
 flags.DEFINE_boolean("resume_last_run", False, "continue an experiment from its checkpoints")
 flags.DEFINE_boolean("overwrite", False, "replace an experiment of the same name")
-flags.DEFINE_boolean("torch_compile", False, "compile the model (AlgoPerf's default: true)")
+flags.DEFINE_boolean("torch_compile", False, "compile the model (AlgoPerf: true)")
 flags.DEFINE_enum("framework", "pytorch", ["pytorch"], "PyTorch only")
 flags.DEFINE_enum("tuning_ruleset", "external", ["external"], "external tuning only")
 
@@ -114,7 +114,7 @@ class Progress:
 
 
 def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[Any]) -> None:
-    """Let the submission build its optimizer at every point, so that a bad one is known before the first trial. Raises ValueError."""
+    """Let the submission build its optimizer at every point: a bad one raises ValueError before the first trial."""
     for i, point in enumerate(points, start=1):
         model, model_state = workload.init_model_fn([0, 0])
         try:

@@ -15,7 +15,7 @@ def package_file(package: str, version: str, name: str, sha256: str) -> Path:
     """The path of a file inside an installed package, which is not imported. Raises DataError."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise DataError(f"{name} comes with the package {package}, which is not installed: pip install --no-deps {package}=={version}")
+        raise DataError(f"{name} comes with the package {package}, not installed: pip install --no-deps {package}=={version}")
     remedy = f"pip install --no-deps --force-reinstall {package}=={version}"
     return checked(Path(found.submodule_search_locations[0]) / name, sha256, remedy)
 

@@ -26,7 +26,9 @@ def experiment_folder(experiment_dir: str, name: str, workload: str, resume: boo
     if folder.exists() and overwrite:
         shutil.rmtree(folder)
     elif folder.exists() and not resume:
-        raise FileExistsError(f"{folder} exists; give --resume_last_run to continue it, --overwrite to replace it, or another name")
+        raise FileExistsError(
+            f"{folder} exists; give --resume_last_run to continue, --overwrite to replace it, or another name"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -1,4 +1,4 @@
-"""One trial: AlgoPerf's training loop, with its clock. Timed are steps, data and `prepare_for_eval`; evaluation and logging are not."""
+"""One trial: the training loop and clock of AlgoPerf. Steps, data and `prepare_for_eval` are timed; the rest is not."""
 
 import inspect
 import time
@@ -111,7 +111,7 @@ def run_trial(
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
     if settings.torch_compile:
-        model = torch.compile(model)
+        model.compile()
     trial = Trial(
         workload,
         submission,
@@ -144,7 +144,8 @@ def run_trial(
         progress(trial.global_step, trial.logger, evaluated)
         state["last_step_end_time"] = now()
 
-    trial.logger.append_scalar_metrics({"score": state["accumulated_submission_time"]}, trial.global_step, trial.preemption_count)
+    score = {"score": state["accumulated_submission_time"]}
+    trial.logger.append_scalar_metrics(score, trial.global_step, trial.preemption_count)
     trial.logger.finish()
     save(trial)
 
@@ -192,7 +193,8 @@ def evaluate(trial: Trial, prepare_rng: np.ndarray, eval_rng: np.ndarray) -> boo
     if not state["is_time_remaining"]:
         return False
     before = now()
-    result = workload.eval_model(workload.eval_batch_size, trial.model, trial.model_state, eval_rng, "", None, trial.global_step)
+    model, batch_size = trial.model, workload.eval_batch_size
+    result = workload.eval_model(batch_size, model, trial.model_state, eval_rng, "", None, trial.global_step)
     state["validation_goal_reached"] |= workload.has_reached_validation_target(result)
     state["test_goal_reached"] |= workload.has_reached_test_target(result)
     end = state["last_eval_time"] = now()

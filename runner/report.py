@@ -12,8 +12,10 @@ import pandas as pd
 
 from .workloads.base import LaptopWorkload
 
+Trials = dict[int, tuple[dict[str, Any], pd.DataFrame]]  # number -> hyperparameters, evaluations
 
-def read_trials(folder: Path) -> dict[int, tuple[dict[str, Any], pd.DataFrame]]:
+
+def read_trials(folder: Path) -> Trials:
     """Hyperparameters and evaluations of each trial of a run that was evaluated at least once."""
     numbers = sorted(int(path.name.removeprefix("trial_")) for path in folder.glob("trial_*"))
     trials = {}
@@ -30,7 +32,7 @@ def to_target(workload: LaptopWorkload, evaluations: pd.DataFrame) -> pd.Series 
     return evaluations.iloc[reached.index(True)] if True in reached else None
 
 
-def trial_table(workload: LaptopWorkload, trials: dict[int, tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:
+def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
     """A column for each trial: the hyperparameters in which trials differ, what the target took, the best metric."""
     metric = f"validation/{workload.target_metric_name}"
     columns = {}
@@ -55,18 +57,20 @@ def brief(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def plot_trials(workload: LaptopWorkload, name: str, trials: dict[int, tuple[dict[str, Any], pd.DataFrame]], path: Path) -> None:
-    """Draw the validation metric of each trial over its submission time, with the target, as a PNG."""
-    metric = f"validation/{workload.target_metric_name}"
+def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path) -> None:
+    """Draw the validation metric of each trial over its submission time, with the target, as a PNG.
+
+    The axis shows the target and the better nine tenths of all values; first evaluations and diverging trials may leave it.
+    """
+    metric, target = f"validation/{workload.target_metric_name}", workload.validation_target_value
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (_, evaluations) in trials.items():
         axes.plot(evaluations["score"], evaluations[metric], marker="o", markersize=3, label=f"trial {number}")
-    axes.axhline(workload.validation_target_value, color="black", linestyle="--", linewidth=1, label="target")
+    axes.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
+    values = pd.concat([pd.Series([target]), *(evaluations[metric] for _, evaluations in trials.values())])
+    low, high = values.quantile([0.1, 1.0] if workload.higher_is_better else [0.0, 0.9])
+    axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set(xlabel="submission time in seconds", ylabel=metric, title=name)
-    values = pd.concat([evaluations[metric].iloc[1:] for _, evaluations in trials.values()] + [pd.Series([workload.validation_target_value])])
-    low, high = values.quantile(0.1 if workload.higher_is_better else 0.0), values.quantile(1.0 if workload.higher_is_better else 0.9)
-    margin = 0.1 * (high - low) + 1e-3
-    axes.set_ylim(low - margin, high + margin)  # diverging trials and first evaluations may leave the picture
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

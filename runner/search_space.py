@@ -23,9 +23,8 @@ def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
         points = space[:num_trials]
         for i, point in enumerate(points):
             if point.keys() != points[0].keys():
-                raise ValueError(
-                    f"{path}: point {i + 1} must have the keys of point 1; they differ in {sorted(point.keys() ^ points[0].keys())}"
-                )
+                differing = sorted(point.keys() ^ points[0].keys())
+                raise ValueError(f"{path}: point {i + 1} must have the keys of point 1; they differ in {differing}")
     elif isinstance(space, dict) and space:
         samples = qmc.Halton(len(space), scramble=True, seed=seed).random(num_trials)
         points = [{name: sample(path, name, space[name], x) for name, x in zip(space, row, strict=True)} for row in samples]
@@ -50,6 +49,6 @@ def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
         if scaling == "log" and 0 < low <= high:
             return float(low * math.exp(x * math.log(high / low)))
     raise ValueError(
-        f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}} with a value, or {{"min": a, "max": b, "scaling": s}} '
-        'with a <= b and s "linear" or, where a > 0, "log"'
+        f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}}, not empty, or '
+        '{"min": a, "max": b, "scaling": s} with a <= b and s "linear" or, where a > 0, "log"'
     )

@@ -1,7 +1,7 @@
 """State of buckets <-> state per parameter, as `state_dict()` holds it.
 
-For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in the parameter's shape, and for each of its tiles n
-and dimensions d `factors.n.d` and `inv_roots.n.d`, (blocks of the tile, size, size). Nothing depends on how blocks are stacked.
+For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its tiles n and
+dimensions d `factors.n.d` and `inv_roots.n.d`, (blocks of the tile, size, size). Nothing depends on how blocks are stacked.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from .layout import fill, gather
 from .state import Bucket
 
+Groups = Sequence[dict[str, Any]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -54,9 +55,8 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
         x = saved[p].get(name)
         found = "nothing" if x is None else f"shape {tuple(x.shape)}"
         if x is None or x.shape != shape:
-            raise ValueError(
-                f"the state of parameter {place[p]} of shape {tuple(p.shape)} holds {found} for {name}; it must have shape {shape}"
-            )
+            owner = f"parameter {place[p]} of shape {tuple(p.shape)}"
+            raise ValueError(f"the state of {owner} holds {found} for {name}; it must have shape {shape}")
         return x
 
     for bucket in chain(*buckets):
@@ -66,7 +66,7 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
             blocks.copy_(find(bucket.params[i], name, tuple(blocks.shape)))
 
 
-def match_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:
+def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:
     """The groups with the options of a state_dict, and its state for each of their parameters.
 
     Raises ValueError if the state_dict has other groups, or none.

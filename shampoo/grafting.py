@@ -1,7 +1,7 @@
 """Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
 
-A method is its second moment V, kept by `update.accumulate` with `second_moment_decay`, and a function (N, V, bc2, eps) ->
-step of N's shape. N is the averaged gradient; bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype.
+A method is a second moment V, kept by `update.accumulate` with `second_moment_decay`, and a function (N, V, bc2, eps) -> step.
+N is the averaged gradient, bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,10 @@ def adam(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
 
 
 # "none" means that the preconditioned direction keeps its own length.
-GRAFTING: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
-    "none": sgd,
-    "sgd": sgd,
-    "adagrad": rmsprop,
-    "rmsprop": rmsprop,
-    "adam": adam,
-}
+GRAFTING: dict[str, Callable[..., Tensor]] = {"none": sgd, "sgd": sgd, "adagrad": rmsprop, "rmsprop": rmsprop, "adam": adam}
+WITHOUT_SECOND_MOMENT = ("none", "sgd")
 
 
-def second_moment_decay(method: str, beta2: float) -> float | None:
-    """The decay of V under `method`: None where there is no V, 1.0 (a plain sum) for AdaGrad, beta2 otherwise."""
-    if method in ("none", "sgd"):
-        return None
+def second_moment_decay(method: str, beta2: float) -> float:
+    """The decay of V under `method`: 1.0 (a plain sum) for AdaGrad, beta2 otherwise."""
     return 1.0 if method == "adagrad" else beta2

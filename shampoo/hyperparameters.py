@@ -34,7 +34,7 @@ OPTIONAL: dict[str, Rule] = {"grad_clip": real(0, above=True)}  # largest norm o
 
 
 def check_point(point: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming key, value and what is allowed, unless the point has every key of POINT, in range, and no others."""
+    """Raise ValueError, naming key, value and what is allowed, unless the point has the keys of POINT, all in range."""
     missing, unknown = POINT.keys() - point.keys(), point.keys() - POINT.keys() - OPTIONAL.keys()
     if missing or unknown:
         raise ValueError(

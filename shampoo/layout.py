@@ -80,12 +80,17 @@ def merged_views(layout: Layout, tensors: Sequence[Tensor | None]) -> list[Tenso
     return [None if x is None else x.reshape(shape) for x, shape in zip(tensors, layout.shapes, strict=True)]
 
 
+def matched_views(layout: Layout, flat: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The pieces of the flat vector and, in the same order and shape, of the tensors; without those of a None."""
+    pairs = [(part, tile_view(x, p.tile)) for p, part in piece_views(layout, flat) if (x := tensors[p.param]) is not None]
+    return [part for part, _ in pairs], [view for _, view in pairs]
+
+
 def fill(layout: Layout, flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Copy tensors, one for each parameter and of its shape, into the flat vector; a None leaves its part as it is."""
-    merged = merged_views(layout, tensors)
-    pairs = [(part, tile_view(x, piece.tile)) for piece, part in piece_views(layout, flat) if (x := merged[piece.param]) is not None]
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    parts, views = matched_views(layout, flat, merged_views(layout, tensors))
+    if parts:
+        torch._foreach_copy_(parts, views)
 
 
 def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -99,9 +104,9 @@ def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, d
 def apply(layout: Layout, tensors: Sequence[Tensor | None], P: Tensor, scale: float) -> None:
     """X <- X + scale P in place, for each parameter's tensor X and its part of the flat vector P; a None is left out."""
     merged = merged_views(layout, tensors)
-    pairs = [(tile_view(x, piece.tile), part) for piece, part in piece_views(layout, P) if (x := merged[piece.param]) is not None]
-    if pairs:
-        torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=scale)
+    parts, views = matched_views(layout, P, merged)
+    if parts:
+        torch._foreach_add_(views, parts, alpha=scale)
     for x, y in zip(tensors, merged, strict=True):
         if x is not None and y is not None and y.data_ptr() != x.data_ptr():  # a copy
             x.copy_(y.view(x.shape))

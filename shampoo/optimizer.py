@@ -13,15 +13,16 @@ from .layout import apply, flatten, load, stack_views
 from .options import OPTIONS, check_gradients, check_options, check_parameters
 from .state import Bucket, make_buckets
 
-FOREIGN_KEYS = {"params", "param_names", "step", "name", "initial_lr", "lr_scale"}  # of groups; schedulers and libraries add them
+# Keys of a group that are no options: torch's, ours, schedulers', and what other libraries add.
+FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
 
 
 class AdamWShampoo(Optimizer):
     """Shampoo with AdamW's conventions: averaged gradients and factors, decoupled decay, blocking, grafting.
 
     For a matrix W with gradient G, L and R being averages of G G^T and G^T G and M one of G, it moves W along
-    L^(-1/4) M R^(-1/4) (`update.py` has the formulas), each block of at most block_size x block_size on its own and scaled to the
-    length that the grafting method's step would have.
+    L^(-1/4) M R^(-1/4) (`update.py` has the formulas), each block of at most block_size x block_size on its own, and scaled to
+    the length that the grafting method's step would have.
 
     Args:
         params: tensors, named tensors (torch >= 2.6) or group dicts; every option below may differ per group. Weights of any
@@ -123,7 +124,7 @@ class AdamWShampoo(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a `state_dict()` in; the options come from it, as in torch. Raises ValueError, leaving the optimizer as it was."""
+        """Copy a `state_dict()` in, options too, as torch does. Raises ValueError, leaving the optimizer as it was."""
         groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
         for group in groups:
             check_options(group)
@@ -181,7 +182,7 @@ def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tens
 
 
 def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> Tensor:
-    """The flat direction P of gradients G: the averaged gradient, preconditioned and at the length of the grafting method's step."""
+    """The flat direction P: the averaged gradient, preconditioned, at the length of the grafting method's step."""
     plan, method = bucket.layout, bucket.grafting
     beta1, beta2 = group["betas"]
     graft_G = flatten(map(update.normalize, stack_views(plan, G))) if group["normalized_grafting"] else G

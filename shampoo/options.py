@@ -100,7 +100,7 @@ def check_parameters(group: dict[str, Any]) -> None:
     """Raise ValueError if a parameter is not a dense tensor of a real floating dtype."""
     for i, p in enumerate(group["params"]):
         if not p.is_floating_point() or p.layout != torch.strided:
-            raise ValueError(f"{parameter_name(group, i)} has dtype {p.dtype} and layout {p.layout}; it must be real, floating and dense")
+            raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
 
 
 def check_gradients(group: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Batched inverse roots of symmetric positive semi-definite matrices: (A + eps I)^(-p).
 
-Every solver has one contract: A of shape (B, d, d), float32 or float64, p > 0, eps > 0 -> (B, d, d) of the same dtype, symmetric
-to rounding. A solver raises `torch.linalg.LinAlgError` when any matrix of the batch fails; `inverse_root` then goes matrix by matrix.
+Every solver has one contract: A of shape (B, d, d), float32 or float64, p > 0, eps > 0 -> (B, d, d) of the same dtype,
+symmetric to rounding. A solver raises `torch.linalg.LinAlgError` when any matrix of the batch fails; `inverse_root` then goes
+matrix by matrix.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grafting import second_moment_decay
+from .grafting import WITHOUT_SECOND_MOMENT
 from .layout import Layout, build_layout
 from .update import block_exponents
 
@@ -44,7 +44,7 @@ def make_buckets(group: dict[str, Any]) -> list[Bucket]:
 
 def _make_bucket(params: list[Tensor], group: dict[str, Any], dtype: torch.dtype, factored: bool) -> Bucket:
     layout = build_layout([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"])
-    grafting = group["grafting"] if factored or group["grafting"] not in ("none", "sgd") else "adam"
+    grafting = group["grafting"] if factored or group["grafting"] not in WITHOUT_SECOND_MOMENT else "adam"
     exponents = [
         block_exponents(len(block), group["exponents"], group["exponent_multiplier"]) if factored else (0.0,) * len(block)
         for _, *block in layout.stacks
@@ -70,7 +70,7 @@ def _make_bucket(params: list[Tensor], group: dict[str, Any], dtype: torch.dtype
         grafting,
         exponents,
         exp_avg=moment(group["betas"][0] > 0),
-        exp_avg_sq=moment(second_moment_decay(grafting, 1.0) is not None),
+        exp_avg_sq=moment(grafting not in WITHOUT_SECOND_MOMENT),
         momentum_buffer=moment(group["momentum"] > 0),
         factors=matrices(),
         inv_roots=matrices(),

@@ -1,7 +1,7 @@
 """AdamW-style Shampoo on stacks of blocks.
 
-One step for a matrix parameter W of shape (m, n) with gradient G, as Li, Dong & Lin analyse it (arXiv 2601.07326; their abstract
-names the method, the details below are our reading of it):
+One step for a matrix parameter W of shape (m, n) with gradient G, as Li, Dong & Lin analyse it (arXiv 2601.07326; their
+abstract names the method, the details below are our reading of it):
 
     L <- beta2 L + (1 - beta2) G G^T          R <- beta2 R + (1 - beta2) G^T G        update_factors
     X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                refresh_roots
@@ -12,8 +12,8 @@ names the method, the details below are our reading of it):
 The competition's submission adds bias corrections, NAdam's look-ahead, grafting (`rescale`) and momentum on P.
 
 Shapes: a stack is B blocks of one shape, (B, d1, ..., dk); a block of order k has k factors. Functions that work elementwise
-take any shape and are called once on the flat vector of all stacks. `present` is None when every block has a gradient; otherwise
-it broadcasts against the state, 1 where the block has a gradient and 0 where it has none: such a block's state stays as it is.
+take any shape and are called once on the flat vector of all stacks. `present` is None when every block has a gradient;
+otherwise it broadcasts against the state, 1 where a block has a gradient and 0 where it has none: that block's state stays.
 """
 
 import ctypes
@@ -36,9 +36,7 @@ def bias_correction(beta: float, t: int) -> float:
     return ctypes.c_float(1.0 - rounded).value or 1.0 - beta**t
 
 
-def block_exponents(
-    order: int, exponents: float | tuple[float, float] | None, multiplier: float
-) -> tuple[float, ...]:
+def block_exponents(order: int, exponents: float | tuple[float, float] | None, multiplier: float) -> tuple[float, ...]:
     """The exponent of each factor's inverse root, for a block of the given order k.
 
     None: 1/(2k) each. A float: that each. A pair (left, right): left for the first dimension, right/(k-1) for each other one;
@@ -98,7 +96,9 @@ def refresh_roots(
         if A is None or X is None:
             continue
         if not torch.isfinite(A).all():
-            raise FloatingPointError(f"a factor of shape {tuple(A.shape)} holds NaN or Inf: a gradient was not finite, or overflowed when squared")
+            raise FloatingPointError(
+                f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
+            )
         X.copy_(inverse_root(A / bc2, p, eps, solver, previous=X))
 
 

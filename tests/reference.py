@@ -100,7 +100,10 @@ def trajectory(weights, gradients, lrs, options):
     W = [np.array(w, dtype=np.float64) for w in weights]
     shapes = [merged(w.shape, o["block_size"], o["merge_dims"]) for w in W]
     blocks = [
-        [(s, Block(np.zeros(shape)[s].shape, o, max(w.shape, default=1) < o["max_dim"])) for s in slices(shape, o["block_size"])]
+        [
+            (s, Block(np.zeros(shape)[s].shape, o, max(w.shape, default=1) < o["max_dim"]))
+            for s in slices(shape, o["block_size"])
+        ]
         for w, shape in zip(W, shapes)
     ]
     t, out = 0, []

@@ -1,5 +1,6 @@
 """Blocks, stacks and the flat vector: every element of every parameter in exactly one place."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -35,7 +36,7 @@ def test_merged_dimensions(shape, merged):
 def test_merging_keeps_elements_and_joins_all_it_may(shape, limit):
     merged = merge_dims(shape, limit)
     assert prod(merged) == prod(shape)
-    assert all(a * b > limit for a, b in zip(merged, merged[1:]))
+    assert all(a * b > limit for a, b in pairwise(merged))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,9 @@ def test_tiles_cover_every_element_once(shape, block_size):
 
 
 @settings(deadline=None)
-@given(shapes=st.lists(shapes, min_size=1, max_size=5), block_size=st.integers(1, 10), merge=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shapes=st.lists(shapes, min_size=1, max_size=5), block_size=st.integers(1, 10), merge=st.booleans(), seed=st.integers(0, 99)
+)
 def test_load_gather_and_apply_are_consistent(shapes, block_size, merge, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]

@@ -95,7 +95,9 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "nadam": True, "weight_decay": 0.1}, {"normalized_grafting": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9, "nesterov": True, "nadam": True, "weight_decay": 0.1}, {"normalized_grafting": True}]
+)
 def test_an_ordinary_step_is_batched_and_never_waits_for_the_device(options, device):
     def ordinary_step(blocks):
         params = make_params((8 * blocks, 8), (8 * blocks + 3, 8), device=device)
@@ -207,10 +209,16 @@ def drop(state, key):
 
 
 BAD_STATES = {
-    "a group is missing": (lambda s: {**s, "param_groups": []}, r"groups of \[\] parameters; this optimizer has groups of \[2\]"),
+    "a group is missing": (
+        lambda s: {**s, "param_groups": []},
+        r"groups of \[\] parameters; this optimizer has groups of \[2\]",
+    ),
     "no groups at all": (lambda s: drop(s, "param_groups"), "param_groups"),
     "a parameter is missing": (lambda s: {**s, "state": drop(s["state"], 1)}, r"parameter 1 .*exp_avg"),
-    "a factor is missing": (lambda s: {**s, "state": {**s["state"], 0: drop(s["state"][0], "inv_roots.0.0")}}, r"parameter 0 .*inv_roots\.0\.0"),
+    "a factor is missing": (
+        lambda s: {**s, "state": {**s["state"], 0: drop(s["state"][0], "inv_roots.0.0")}},
+        r"parameter 0 .*inv_roots\.0\.0",
+    ),
     "another order": (lambda s: {**s, "state": {0: s["state"][1], 1: s["state"][0]}}, "parameter 0 .*exp_avg"),
     "a bad option": (lambda s: {**s, "param_groups": [{**s["param_groups"][0], "eps": -1.0}]}, "eps is -1.0"),
 }

@@ -16,7 +16,13 @@ EXPONENTS = {"two-sided": (0.25, 0.25), "left": (0.5, 0.0), "right": (0.0, 0.5),
 
 
 def paper_optimizer(params, theta, beta, exponents, lr=1.0, **options):
-    settings = {"grafting": "none", "bias_correction": False, "precondition_frequency": 1, "merge_dims": False, "eps": 1e-30} | options
+    settings = {
+        "grafting": "none",
+        "bias_correction": False,
+        "precondition_frequency": 1,
+        "merge_dims": False,
+        "eps": 1e-30,
+    } | options
     return AdamWShampoo(params, lr, betas=(theta, beta), exponents=exponents, **settings)
 
 
@@ -33,9 +39,15 @@ def nuclear_norm(X):
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=st.integers(1, 8), n=st.integers(1, 8), inverse_p=st.floats(0.0, 0.5), solver=st.sampled_from(list(SOLVERS)), seed=st.integers(0, 2**31))
+@given(
+    m=st.integers(1, 8),
+    n=st.integers(1, 8),
+    inverse_p=st.floats(0.0, 0.5),
+    solver=st.sampled_from(list(SOLVERS)),
+    seed=st.integers(0, 2**31),
+)
 def test_nuclear_norm_is_bounded_by_the_preconditioned_product(m, n, inverse_p, solver, seed):
-    # ||G||_*^2 <= <G, L^(-1/p) G R^(-1/q)> (tr L^(1/2))^(2/p) (tr R^(1/2))^(2/q) for positive definite L, R and 1/p + 1/q = 1/2.
+    # ||G||_*^2 <= <G, L^(-1/p) G R^(-1/q)> (tr L^(1/2))^(2/p) (tr R^(1/2))^(2/q), L and R positive definite, 1/p + 1/q = 1/2.
     generator = torch.Generator().manual_seed(seed)
     G, X, Y = (torch.randn(1, a, b, generator=generator, dtype=torch.float64) for a, b in ((m, n), (m, m), (n, n)))
     L, R = X @ X.mT + 1e-3 * torch.eye(m), Y @ Y.mT + 1e-3 * torch.eye(n)
@@ -88,7 +100,9 @@ def test_scaling_gradients_scales_the_direction(exponents, scale):
         optimizer = paper_optimizer([W], 0.9, 0.95, exponents)
         return [direction(optimizer, W, factor * G) for G in gradients][-1]
 
-    torch.testing.assert_close(last_direction(scale), scale ** (1 - 2 * sum(exponents)) * last_direction(1.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        last_direction(scale), scale ** (1 - 2 * sum(exponents)) * last_direction(1.0), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("exponents", [(0.25, 0.25), (0.5, 0.0), (0.5, 0.5)])

@@ -1,4 +1,4 @@
-"""The stacked code against the dense float64 reference, over shapes, blocks, exponents, grafting, momentum and missing gradients."""
+"""The stacked code against the dense float64 reference: shapes, blocks, exponents, grafting, momentum, missing gradients."""
 
 import numpy as np
 import pytest

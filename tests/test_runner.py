@@ -54,9 +54,10 @@ def test_the_files_are_algoperfs(finished):
             "hparams.json", "meta_data_0.json", "flags_0.json", "measurements.csv", "eval_measurements.csv", "checkpoint_3",
             "events.out.tfevents",
         }  # fmt: skip
-    assert json.loads((folder / "trial_2" / "hparams.json").read_text()) == json.loads(
-        (ROOT / "tuning_search_space.json").read_text()
-    )[1]
+    assert (
+        json.loads((folder / "trial_2" / "hparams.json").read_text())
+        == json.loads((ROOT / "tuning_search_space.json").read_text())[1]
+    )
 
 
 def test_the_columns_are_algoperfs(finished):
@@ -104,8 +105,13 @@ def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path):
         checkpoint = torch.load(part / "checkpoint_3", weights_only=True)
         checkpoint["train_state"]["training_complete"] = False  # as a checkpoint on the way has it
         torch.save(checkpoint, part / "checkpoint_3")
-        run(tmp_path, "--resume_last_run", *flags[1:], "--max_global_steps=6", name="halves", workload=workload)  # the seed is kept
-        ends = [torch.load(tmp_path / name / f"{workload}_pytorch/trial_1/checkpoint_6", weights_only=True) for name in ("whole", "halves")]
+        run(
+            tmp_path, "--resume_last_run", *flags[1:], "--max_global_steps=6", name="halves", workload=workload
+        )  # the seed is kept
+        ends = [
+            torch.load(tmp_path / name / f"{workload}_pytorch/trial_1/checkpoint_6", weights_only=True)
+            for name in ("whole", "halves")
+        ]
         assert ends[1]["preemption_count"] == 1
         for key, expected in ends[0]["model_params"].items():
             torch.testing.assert_close(ends[1]["model_params"][key], expected, rtol=0, atol=1e-6)
@@ -120,7 +126,13 @@ def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
         "        raise ArithmeticError('diverged')\n"
         "    return submission.update_params(**arguments)\n"
     )
-    result = run(tmp_path, f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=4", "--hparam_start_index=2", "--max_global_steps=1")
+    result = run(
+        tmp_path,
+        f"--submission_path={tmp_path / 'failing.py'}",
+        "--num_tuning_trials=4",
+        "--hparam_start_index=2",
+        "--max_global_steps=1",
+    )
     assert "trial 3 failed: ArithmeticError('diverged')" in result.stdout
     assert "diverged" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
     assert "trial 4" in result.stdout
@@ -129,7 +141,10 @@ def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workload=mnist_resnt"], "unknown workload 'mnist_resnt'; there are mnist_resnet, pydoc_lm; did you mean mnist_resnet?"),
+        (
+            ["--workload=mnist_resnt"],
+            "unknown workload 'mnist_resnt'; there are mnist_resnet, pydoc_lm; did you mean mnist_resnet?",
+        ),
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
         (["--tuning_search_space=nothing.json"], "the search space nothing.json cannot be read"),

@@ -1,5 +1,9 @@
 """The submission as AlgoPerf calls it: imports, hyperparameters, loss types, masks, metrics, several ranks."""
 
+import runner  # noqa: F401  brings algoperf.spec
+
+# isort: split
+
 import collections
 import json
 import shutil
@@ -9,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-import runner  # noqa: F401  brings algoperf.spec
-import submission
 import torch
 import torch.nn.functional as F
 from algoperf import spec
 from torch import nn
+
+import submission
 
 ROOT = Path(__file__).parents[1]
 POINTS = json.loads((ROOT / "tuning_search_space.json").read_text())
@@ -185,7 +189,13 @@ def test_an_embedding_of_a_million_rows():
 
 
 def test_prepare_for_eval_and_data_selection_pass_on():
-    parts = {"workload": None, "current_param_container": "p", "current_params_types": None, "model_state": "m", "hyperparameters": None}
+    parts = {
+        "workload": None,
+        "current_param_container": "p",
+        "current_params_types": None,
+        "model_state": "m",
+        "hyperparameters": None,
+    }
     parts |= {"loss_type": None, "optimizer_state": "o", "eval_results": [], "global_step": 1, "rng": None}
     assert submission.prepare_for_eval(**parts) == ("o", "p", "m")
     assert submission.data_selection(None, iter([1, 2]), None, None, None, None, 0, None) == 1
@@ -200,15 +210,30 @@ def test_batch_sizes():
 
 
 def test_the_five_points_are_the_competitions():
-    """Against the published table: lr, beta1, beta2, weight decay, momentum, grafting, nadam, exponents, and the schedule's factors."""
+    """Against the published table: lr, betas, weight decay, momentum, grafting, nadam, exponents; the schedule's factors."""
     published = [
         (0.0017486387539278373, 1 - 0.06733926164, 1 - 0.00448403102, 0.08121616522670176, 0.0, "adam", True, None),
-        (0.0014381744028656841, 1 - 0.025337537053408913, 1 - 0.02508024059481679, 0.00019716633625688372, 0.0, "adam", True, None),
+        (
+            0.0014381744028656841,
+            1 - 0.025337537053408913,
+            1 - 0.02508024059481679,
+            0.00019716633625688372,
+            0.0,
+            "adam",
+            True,
+            None,
+        ),
         (4.199449275251465, 0.0, 1 - 0.0023701743773090066, 6.404237434173623e-05, 1 - 0.03150207249544311, "sgd", False, None),
         (0.0012, 1 - 0.016610699316537858, 1 - 0.005888216674053163, 0.00040349948255455174, 0.5, "adam", True, 0.5),
         (0.001308209823469072, 1 - 0.02686663061, 1 - 0.00187670778, 0.16375311233774334, 0.0, "adam", True, None),
     ]
-    schedules = [(0.02, 0.0, 0.1, 1.0), (0.05, 0.2, 0.0, 0.6), (0.02, 0.1, 0.0, 1.0), (0.02, 0.1, 0.1, 1.0), (0.1, 0.1, 0.0, 1.0)]
+    schedules = [
+        (0.02, 0.0, 0.1, 1.0),
+        (0.05, 0.2, 0.0, 0.6),
+        (0.02, 0.1, 0.0, 1.0),
+        (0.02, 0.1, 0.1, 1.0),
+        (0.1, 0.1, 0.0, 1.0),
+    ]
     names = ("weight_decay", "momentum", "grafting", "nadam", "exponents")
     for values, (lr, beta1, beta2, *others), schedule in zip(POINTS, published, schedules, strict=True):
         point = as_point(**values)

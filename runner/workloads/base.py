@@ -1,4 +1,4 @@
-"""What the laptop workloads share: batches, model call, evaluation, targets. A workload adds its data, model, loss and metrics."""
+"""What the laptop workloads share: batches, model call, evaluation, targets. Each adds its data, model, loss and metrics."""
 
 import abc
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ class LaptopWorkload(spec.Workload):
                 yield {key: x[first : first + global_batch_size] for key, x in examples.items()}
             return
         if global_batch_size > size:
-            raise ValueError(f"the batch size is {global_batch_size}; it must be at most {size}, the number of training examples")
+            raise ValueError(f"the batch size is {global_batch_size}; it must be at most {size}, the number of examples")
         shuffle = np.random.default_rng(np.asarray(data_rng, dtype=np.uint32))
         while True:
             order = torch.from_numpy(shuffle.permutation(size)).to(DEVICE)
@@ -168,21 +168,19 @@ class LaptopWorkload(spec.Workload):
 
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
-    """AlgoPerf's type of each parameter, from the kind of its module and, in attention, from its name (qkv, out)."""
-    norms = {nn.LayerNorm: "LAYER_NORM", nn.modules.batchnorm._BatchNorm: "BATCH_NORM"}
+    """AlgoPerf's type of each parameter, from the kind of its module and, in attention, from the module's name (qkv, out)."""
+    weights = {nn.Conv2d: "CONV_WEIGHT", nn.Embedding: "EMBEDDING"}
+    norms = {nn.LayerNorm: "LAYER_NORM", nn.BatchNorm2d: "BATCH_NORM"}
     attention = {"qkv": "ATTENTION_QKV", "out": "ATTENTION_OUT"}
     types = {}
-    for prefix, module in model.named_modules():
-        norm = next((kind for cls, kind in norms.items() if isinstance(module, cls)), None)
-        for name, _ in module.named_parameters(prefix, recurse=False):
-            last, bias = name.split(".")[-2], name.endswith("bias")
-            if norm:
-                kind = f"{norm}_BIAS" if bias else f"{norm}_SCALE"
+    for path, module in model.named_modules():
+        last = path.split(".")[-1]
+        for name, _ in module.named_parameters(recurse=False):
+            if type(module) in norms:
+                kind = norms[type(module)] + ("_BIAS" if name == "bias" else "_SCALE")
             elif last in attention:
-                kind = "ATTENTION_BIAS" if bias else attention[last]
-            elif bias:
-                kind = "BIAS"
+                kind = "ATTENTION_BIAS" if name == "bias" else attention[last]
             else:
-                kind = "CONV_WEIGHT" if isinstance(module, nn.Conv2d) else "EMBEDDING" if isinstance(module, nn.Embedding) else "WEIGHT"
-            types[name] = spec.ParameterType[kind]
+                kind = "BIAS" if name == "bias" else weights.get(type(module), "WEIGHT")
+            types[f"{path}.{name}"] = spec.ParameterType[kind]
     return types

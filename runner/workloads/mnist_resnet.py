@@ -23,7 +23,12 @@ def load_mnist() -> dict[str, Split]:
     images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1]
     by_digit = np.stack([np.flatnonzero(labels == digit) for digit in range(10)])  # (10, 500)
     by_digit = np.random.default_rng(0).permuted(by_digit, axis=1)
-    rows = {"train": by_digit[:, :350], "validation": by_digit[:, 350:425], "test": by_digit[:, 425:], "eval_train": by_digit[:, :75]}
+    rows = {
+        "train": by_digit[:, :350],
+        "validation": by_digit[:, 350:425],
+        "test": by_digit[:, 425:],
+        "eval_train": by_digit[:, :75],
+    }
     return {split: {"inputs": images[chosen.ravel()], "targets": labels[chosen.ravel()]} for split, chosen in rows.items()}
 
 

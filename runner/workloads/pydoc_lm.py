@@ -74,8 +74,8 @@ class PydocLM(LaptopWorkload):
     higher_is_better = False
     validation_target_value = 1.6
     test_target_value = 1.6
-    default_batch_size = 32
-    step_hint = 500
+    default_batch_size = 16
+    step_hint = 600
     max_allowed_runtime_sec = 60
     eval_period_time_sec = 2
 
