@@ -52,8 +52,8 @@ class AdamWShampoo(Optimizer):
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
         RuntimeError: in `step`, for a sparse or complex gradient; before anything is changed.
 
-    Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1,
-    exponents=(1/p, 1/q), block_size at least the largest dimension.
+    Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
+    block_size at least the largest dimension, and merge_dims=False, lest a small matrix be merged into a vector.
     """
 
     def __init__(

@@ -44,11 +44,11 @@ def block_exponents(order: int, exponents: float | tuple[float, float] | None, m
     """
     if exponents is None:
         each = [1 / (2 * order)] * order
-    elif isinstance(exponents, float):
-        each = [exponents] * order
-    else:
+    elif isinstance(exponents, (tuple, list)):
         left, right = exponents
         each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
+    else:
+        each = [exponents] * order
     return tuple(multiplier * e for e in each)
 
 

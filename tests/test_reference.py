@@ -24,6 +24,7 @@ CASES = {
     "default start": {"start_preconditioning_step": None},
     "roots every step": {"precondition_frequency": 1, "start_preconditioning_step": None},
     "one power": {"exponents": 0.5},
+    "one whole power": {"exponents": 1},
     "left": {"exponents": (0.5, 0.0)},
     "right": {"exponents": (0.0, 0.5), "block_size": 4},
     "left and right": {"exponents": (0.3, 0.4), "merge_dims": False},

@@ -1,17 +1,24 @@
 """The local runner from outside: its files, its clock, resuming, bad input; and its workloads."""
 
+import runner  # noqa: F401  brings algoperf.spec
+
+# isort: split
+
+import inspect
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from algoperf import spec
 
-from runner import data
+from runner import data, loop
 from runner.logs import MetricLogger, append_row, experiment_folder
 from runner.loop import fold_in, split
 from runner.search_space import read_points
@@ -167,6 +174,89 @@ def test_every_point_is_checked_before_the_first_trial(tmp_path):
     assert result.returncode == 1
     assert re.search(r"space\.json, point 1: .*missing: \['epsilon'\]", result.stderr)
     assert not (tmp_path / "e").exists()
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self):
+        self.time = 1000.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture
+def timed_trial(monkeypatch, tmp_path):
+    """Run a trial in which a step takes 1 s, preparing 0.25 s and evaluating 10 s; evaluations are due every 3 s."""
+    clock, calls = Clock(), []
+    workload = load_workload("pydoc_lm")
+    workload.eval_period_time_sec = 3
+
+    def update_params(**arguments):
+        clock.time += 1
+        calls.append(("step", arguments["global_step"], dict(arguments["train_state"])))
+        with pytest.raises(TypeError):
+            arguments["train_state"]["is_time_remaining"] = True  # read-only
+        if arguments["global_step"] == complete_at:
+            raise spec.TrainingCompleteError
+        return arguments["optimizer_state"], arguments["current_param_container"], arguments["model_state"]
+
+    # The runner passes train_state only to a submission that names it.
+    update_params.__signature__ = inspect.Signature([inspect.Parameter("train_state", inspect.Parameter.KEYWORD_ONLY)])
+
+    def prepare_for_eval(**arguments):
+        clock.time += 0.25
+        calls.append(("prepare", arguments["global_step"], arguments.keys()))
+        return arguments["optimizer_state"], arguments["current_param_container"], arguments["model_state"]
+
+    def eval_model(*arguments):
+        clock.time += 10
+        calls.append(("evaluate", arguments[-1], None))
+        return {f"{split}/loss": 9.0 for split in ("train", "validation", "test")}
+
+    submission = SimpleNamespace(
+        init_optimizer_state=lambda *_: {},
+        data_selection=lambda *_: None,
+        update_params=update_params,
+        prepare_for_eval=prepare_for_eval,
+    )
+    monkeypatch.setattr(loop, "now", clock)
+    monkeypatch.setattr(workload, "eval_model", eval_model)
+    settings = loop.Settings(16, None, True, False, False, {})
+    complete_at = None
+
+    def go(budget, complete=None):
+        nonlocal complete_at
+        complete_at, workload.max_allowed_runtime_sec = complete, budget
+        loop.run_trial(workload, submission, None, 0, tmp_path, settings, lambda *_: None)
+        return calls, pd.read_csv(tmp_path / "eval_measurements.csv"), torch.load(next(tmp_path.glob("checkpoint_*")))
+
+    return go
+
+
+def test_steps_and_preparation_are_timed_evaluation_is_not(timed_trial):
+    calls, evaluations, _ = timed_trial(budget=9)
+    # After step 1 always, then as soon as 3 s have passed since the last one's end; at 9 s the time is up: no evaluation.
+    assert [call[:2] for call in calls if call[0] != "step"] == [
+        ("prepare", 1), ("evaluate", 1), ("prepare", 4), ("evaluate", 4), ("prepare", 7), ("evaluate", 7), ("prepare", 10),
+    ]  # fmt: skip
+    assert list(evaluations["score"]) == [1.25, 4.5, 7.75]
+    assert list(evaluations["accumulated_eval_time"]) == [10, 20, 30]
+    assert list(evaluations["total_duration"]) == [11.25, 24.5, 37.75]
+    assert calls[1][2] >= {"workload", "hyperparameters", "optimizer_state", "eval_results", "rng"}
+    assert not calls[1][2] & {"batch", "train_state"}
+    seen = next(state for name, step, state in calls if (name, step) == ("step", 4))
+    assert seen["accumulated_submission_time"] == 4.5
+    assert seen["accumulated_eval_time"] == 20
+    assert seen["is_time_remaining"]
+
+
+def test_a_submission_may_end_its_run(timed_trial):
+    calls, evaluations, checkpoint = timed_trial(budget=100, complete=2)
+    assert [step for name, step, _ in calls if name == "step"] == [0, 1, 2]
+    assert list(evaluations["global_step"]) == [1, 3]
+    assert checkpoint["train_state"]["training_complete"]
 
 
 # Search spaces

@@ -1,6 +1,9 @@
 """mnist_resnet, the laptop twin of imagenet_resnet: a ResNet-8 with batch norm on 5,000 images of MNIST.
 
-TARGET_DOC
+Target: validation accuracy above 0.975 (test: 0.972); of 750 images, one standard error there is 0.006. How it was set: tuned
+NadamW (torch.optim.NAdam, decoupled decay, beta2 0.999, 5 % warm-up, cosine to 0), the best of learning rates 0.001 to 0.016
+and decays 0.01 and 0.1, has lr 0.016 and decay 0.1. In five seeds its best accuracy within the step hint was 0.979 to 0.987,
+median 0.983 (test: 0.975 to 0.984). On this data logistic regression has 0.908, one nearest neighbour 0.934.
 """
 
 import numpy as np
@@ -70,8 +73,8 @@ class MnistResNet(LaptopWorkload):
     loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
     target_metric_name = "accuracy"
     higher_is_better = True
-    validation_target_value = 0.97
-    test_target_value = 0.97
+    validation_target_value = 0.975
+    test_target_value = 0.972
     default_batch_size = 64
     step_hint = 600
     max_allowed_runtime_sec = 60
