@@ -77,7 +77,7 @@ class MnistResNet(LaptopWorkload):
     test_target_value = 0.972
     default_batch_size = 64
     step_hint = 600
-    max_allowed_runtime_sec = 60
+    max_allowed_runtime_sec = 40
     eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
