@@ -18,6 +18,7 @@ import pytest
 import torch
 from algoperf import spec
 
+import submission
 from runner import data, loop
 from runner.logs import MetricLogger, append_row, experiment_folder
 from runner.loop import fold_in, split
@@ -99,29 +100,43 @@ def test_an_existing_experiment_is_not_touched(finished):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path):
-    """mnist_resnet has batch norm's buffers too; dropout and data order must go on where they stopped."""
-    flags = ("--rng_seed=3", "--num_tuning_trials=1")
-    space = json.loads((ROOT / "tuning_search_space.json").read_text())
-    (tmp_path / "space.json").write_text(json.dumps([{**space[0], "precondition_frequency": 2}]))
-    flags += (f"--tuning_search_space={tmp_path / 'space.json'}",)
-    for workload in WORKLOADS:
-        run(tmp_path, *flags, "--max_global_steps=6", name="whole", workload=workload)
-        run(tmp_path, *flags, "--max_global_steps=3", name="halves", workload=workload)
-        part = tmp_path / "halves" / f"{workload}_pytorch" / "trial_1"
-        checkpoint = torch.load(part / "checkpoint_3", weights_only=True)
-        checkpoint["train_state"]["training_complete"] = False  # as a checkpoint on the way has it
-        torch.save(checkpoint, part / "checkpoint_3")
-        run(
-            tmp_path, "--resume_last_run", *flags[1:], "--max_global_steps=6", name="halves", workload=workload
-        )  # the seed is kept
-        ends = [
-            torch.load(tmp_path / name / f"{workload}_pytorch/trial_1/checkpoint_6", weights_only=True)
-            for name in ("whole", "halves")
-        ]
-        assert ends[1]["preemption_count"] == 1
-        for key, expected in ends[0]["model_params"].items():
-            torch.testing.assert_close(ends[1]["model_params"][key], expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path, name):
+    """Bit for bit: weights, optimizer, batch norm's buffers; dropout and data order go on where they stopped."""
+    point = read_points(ROOT / "tuning_search_space.json", 1, seed=0)[0]._replace(precondition_frequency=2)
+    assert point.dropout_rate > 0
+
+    def train_to(step, folder):
+        folder.mkdir(exist_ok=True)
+        settings = loop.Settings(16, step, True, True, False, {})
+        loop.run_trial(load_workload(name), submission, point, 3, folder, settings, lambda *_: None)
+        return torch.load(folder / f"checkpoint_{step}", weights_only=True)
+
+    half = train_to(3, tmp_path / "halves")
+    half["train_state"]["training_complete"] = False  # as in a checkpoint that is written on the way
+    torch.save(half, tmp_path / "halves" / "checkpoint_3")
+    resumed, whole = train_to(6, tmp_path / "halves"), train_to(6, tmp_path / "whole")
+    assert (resumed["preemption_count"], whole["preemption_count"]) == (1, 0)
+    for key, expected in whole["model_params"].items():
+        assert torch.equal(resumed["model_params"][key], expected)
+    for i, state in whole["optimizer_state"]["optimizer"]["state"].items():
+        assert all(torch.equal(resumed["optimizer_state"]["optimizer"]["state"][i][key], x) for key, x in state.items())
+
+
+def test_resume_last_run_keeps_seed_and_hyperparameters(tmp_path):
+    run(tmp_path, "--max_global_steps=2")
+    trial = tmp_path / "e" / "pydoc_lm_pytorch" / "trial_1"
+    checkpoint = torch.load(trial / "checkpoint_2", weights_only=True)
+    checkpoint["train_state"]["training_complete"] = False
+    torch.save(checkpoint, trial / "checkpoint_2")
+    hyperparameters = (trial / "hparams.json").read_text()
+    (tmp_path / "other.json").write_text(json.dumps(json.loads((ROOT / "tuning_search_space.json").read_text())[1:]))
+    run(tmp_path, "--resume_last_run", "--max_global_steps=3", f"--tuning_search_space={tmp_path / 'other.json'}")
+    assert list(pd.read_csv(trial / "eval_measurements.csv")["global_step"]) == [1, 2, 3]
+    assert list(pd.read_csv(trial / "eval_measurements.csv")["preemption_count"]) == [0, 0, 1]
+    seeds = [json.loads((trial / f"meta_data_{i}.json").read_text())["rng_seed"] for i in (0, 1)]
+    assert seeds[0] == seeds[1]
+    assert (trial / "hparams.json").read_text() == hyperparameters
 
 
 def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
