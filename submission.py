@@ -145,7 +145,7 @@ def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
     The latter is sum / count, both added up over ranks. DDP averages the ranks' gradients; so each rank's own sum is divided by
     the global count and multiplied by the number of ranks.
     """
-    totals = torch.stack([summed.detach(), torch.as_tensor(count, dtype=summed.dtype, device=summed.device)])
+    totals = torch.stack([summed.detach().float(), torch.as_tensor(count, dtype=torch.float32, device=summed.device)])
     ranks = 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)

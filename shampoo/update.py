@@ -103,7 +103,7 @@ def refresh_roots(
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:
-    """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1, a new tensor.
+    """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1.
 
     With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G itself, uncorrected.
     """
