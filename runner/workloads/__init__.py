@@ -8,11 +8,15 @@ from .base import LaptopWorkload
 WORKLOADS = {"mnist_resnet": "MnistResNet", "pydoc_lm": "PydocLM"}  # module -> class
 
 
-def load_workload(name: str) -> LaptopWorkload:
-    """The workload, its data read and checked. Raises ValueError for an unknown name, `data.DataError` for bad data."""
+def workload_class(name: str) -> type[LaptopWorkload]:
+    """The class of a workload, without its data. Raises ValueError for an unknown name."""
     if name not in WORKLOADS:
         near = difflib.get_close_matches(name, WORKLOADS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}{hint}")
-    module = importlib.import_module(f".{name}", __package__)
-    return getattr(module, WORKLOADS[name])()
+    return getattr(importlib.import_module(f".{name}", __package__), WORKLOADS[name])
+
+
+def load_workload(name: str) -> LaptopWorkload:
+    """The workload, its data read and checked. Raises ValueError for an unknown name, `data.DataError` for bad data."""
+    return workload_class(name)()
