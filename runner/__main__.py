@@ -32,6 +32,7 @@ flags.DEFINE_integer("num_tuning_trials", 1, "how many points to run", lower_bou
 flags.DEFINE_integer("hparam_start_index", None, "the first point to run, from 0")
 flags.DEFINE_integer("hparam_end_index", None, "the point to stop before")
 flags.DEFINE_integer("max_global_steps", None, "steps after which a trial ends", lower_bound=1)
+flags.DEFINE_integer("eval_every_steps", None, "evaluate by steps, not by seconds (AlgoPerf has no such flag)", lower_bound=1)
 flags.DEFINE_integer("rng_seed", None, "seed of weights, data order and search space; None: drawn anew", lower_bound=0)
 flags.DEFINE_boolean("save_checkpoints", True, "save model and optimizer at every evaluation")
 flags.DEFINE_boolean("save_intermediate_checkpoints", False, "keep all, not only the latest (AlgoPerf: true)")
@@ -135,6 +136,7 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
     settings = Settings(
         batch_size=global_batch_size(submission, FLAGS.workload, workload),
         max_global_steps=FLAGS.max_global_steps,
+        eval_every_steps=FLAGS.eval_every_steps,
         save_checkpoints=FLAGS.save_checkpoints,
         save_intermediate_checkpoints=FLAGS.save_intermediate_checkpoints,
         torch_compile=FLAGS.torch_compile,

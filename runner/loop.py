@@ -23,6 +23,7 @@ class Settings:
 
     batch_size: int
     max_global_steps: int | None
+    eval_every_steps: int | None  # None: every eval_period_time_sec, as AlgoPerf does
     save_checkpoints: bool
     save_intermediate_checkpoints: bool
     torch_compile: bool
@@ -139,8 +140,7 @@ def run_trial(
     while state["is_time_remaining"] and not finished(state):
         select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, trial.global_step), 4)
         step_end = step(trial, select_rng, update_rng)
-        due = step_end - state["last_eval_time"] >= workload.eval_period_time_sec or state["training_complete"]
-        evaluated = due and evaluate(trial, prepare_rng, eval_rng)
+        evaluated = evaluation_due(trial, step_end) and evaluate(trial, prepare_rng, eval_rng)
         progress(trial.global_step, trial.logger, evaluated)
         state["last_step_end_time"] = now()
 
@@ -153,6 +153,15 @@ def run_trial(
 def finished(train_state: dict[str, Any]) -> bool:
     """Whether both targets are reached, or the trial was ended."""
     return train_state["training_complete"] or (train_state["validation_goal_reached"] and train_state["test_goal_reached"])
+
+
+def evaluation_due(trial: Trial, step_end: float) -> bool:
+    """Whether to evaluate after a step: at the end, at the first step, and then by the clock or by the count of steps."""
+    if trial.train_state["training_complete"]:
+        return True
+    if every := trial.settings.eval_every_steps:
+        return trial.global_step == 1 or trial.global_step % every == 0
+    return step_end - trial.train_state["last_eval_time"] >= trial.workload.eval_period_time_sec
 
 
 def step(trial: Trial, select_rng: np.ndarray, update_rng: np.ndarray) -> float:

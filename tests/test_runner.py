@@ -108,7 +108,7 @@ def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path, name):
 
     def train_to(step, folder):
         folder.mkdir(exist_ok=True)
-        settings = loop.Settings(16, step, True, True, False, {})
+        settings = loop.Settings(16, step, None, True, True, False, {})
         loop.run_trial(load_workload(name), submission, point, 3, folder, settings, lambda *_: None)
         return torch.load(folder / f"checkpoint_{step}", weights_only=True)
 
@@ -238,12 +238,12 @@ def timed_trial(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(loop, "now", clock)
     monkeypatch.setattr(workload, "eval_model", eval_model)
-    settings = loop.Settings(16, None, True, False, False, {})
     complete_at = None
 
-    def go(budget, complete=None):
+    def go(budget, complete=None, every=None):
         nonlocal complete_at
         complete_at, workload.max_allowed_runtime_sec = complete, budget
+        settings = loop.Settings(16, None, every, True, False, False, {})
         loop.run_trial(workload, submission, None, 0, tmp_path, settings, lambda *_: None)
         return calls, pd.read_csv(tmp_path / "eval_measurements.csv"), torch.load(next(tmp_path.glob("checkpoint_*")))
 
@@ -272,6 +272,11 @@ def test_a_submission_may_end_its_run(timed_trial):
     assert [step for name, step, _ in calls if name == "step"] == [0, 1, 2]
     assert list(evaluations["global_step"]) == [1, 3]
     assert checkpoint["train_state"]["training_complete"]
+
+
+def test_evaluation_by_steps(timed_trial):
+    _, evaluations, _ = timed_trial(budget=100, complete=8, every=4)
+    assert list(evaluations["global_step"]) == [1, 4, 8, 9]
 
 
 # Search spaces
