@@ -32,13 +32,13 @@ def matrices(bucket: Bucket) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def pack(buckets: Sequence[Sequence[Bucket]], params: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The state of each parameter under its place in `params`; tensors are views of the live state where they can be."""
+    """The state of each parameter under its place in `params`: moments copied, factors and roots views of the live state."""
     place = {p: i for i, p in enumerate(params)}
     state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(params))}
     for bucket in chain(*buckets):
         for name, flat in moments(bucket):
-            for i, p in enumerate(bucket.params):
-                state[place[p]][name] = gather(bucket.layout, flat, i, tuple(p.shape))
+            for p, x in zip(bucket.params, gather(bucket.layout, flat), strict=True):
+                state[place[p]][name] = x.view(p.shape)
         for i, name, blocks in matrices(bucket):
             state[place[bucket.params[i]]][name] = blocks
     return state

@@ -112,12 +112,9 @@ def apply(layout: Layout, tensors: Sequence[Tensor | None], P: Tensor, scale: fl
             x.copy_(y.view(x.shape))
 
 
-def gather(layout: Layout, flat: Tensor, param: int, shape: tuple[int, ...]) -> Tensor:
-    """The part of the flat vector that belongs to a parameter, in the given shape: a view if the parameter is one block."""
-    parts = [(piece.tile, part) for piece, part in piece_views(layout, flat) if piece.param == param]
-    if len(parts) == 1 and parts[0][0].num_blocks == 1:
-        return parts[0][1].view(shape)
-    whole = flat.new_empty(layout.shapes[param])
-    for tile, part in parts:
-        tile_view(whole, tile).copy_(part)
-    return whole.view(shape)
+def gather(layout: Layout, flat: Tensor) -> list[Tensor]:
+    """The inverse of `load`: for each parameter a new tensor of its merged shape."""
+    whole = [flat.new_empty(shape) for shape in layout.shapes]
+    for piece, part in piece_views(layout, flat):
+        tile_view(whole[piece.param], piece.tile).copy_(part)
+    return whole

@@ -13,7 +13,7 @@ from .layout import apply, flatten, load, stack_views
 from .options import OPTIONS, check_gradients, check_options, check_parameters
 from .state import Bucket, make_buckets
 
-# Keys of a group that are no options: torch's, ours, schedulers', and what other libraries add.
+# Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
 
 
@@ -34,13 +34,13 @@ class AdamWShampoo(Optimizer):
             to the gradient as weight_decay W. Decoupled decay enters before momentum.
         momentum, nesterov: an average of the directions with this decay; 0 is none, and then nesterov does nothing.
         nadam: look one averaging step ahead, (betas[0] M + (1 - betas[0]) G) instead of M.
-        bias_correction: divide averages by 1 - beta^t.
-        block_size, merge_dims: see `blocking`.
+        bias_correction: divide averages by 1 - beta^t, t being the group's steps with a gradient. Grafting "adam" always does.
+        block_size, merge_dims: see `blocking`. Merging makes a vector of a matrix with at most block_size elements.
         max_dim: a parameter with a dimension >= max_dim gets no factors; it moves by its grafting method (by Adam where that is
             "none" or "sgd").
         precondition_frequency: steps between refreshes of the roots.
-        start_preconditioning_step: step of the first refresh; before it the grafting method moves alone. None: the first
-            multiple of precondition_frequency. With grafting "none" roots are zero before it, and only decay acts.
+        start_preconditioning_step: step of the first refresh; before it the grafting method moves alone. None: the frequency
+            that the group begins with. With grafting "none" roots are zero before it, and only decay acts.
         exponents, exponent_multiplier: see `update.block_exponents`; None is 1/(2k) for each of k dimensions.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay of the grafting method's second moment; None: betas[1].
@@ -48,9 +48,13 @@ class AdamWShampoo(Optimizer):
         normalized_grafting: feed the grafting method G / ||G||_F, block by block.
         solver: how roots are computed, one of `roots.SOLVERS`.
 
+    Between steps lr, eps, decay, frequency and the like may be changed in `param_groups`. What decides which state there is may
+    not: block_size, merge_dims, max_dim, exponents, grafting, and whether betas[0] or momentum is zero.
+
     Raises:
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
         RuntimeError: in `step`, for a sparse or complex gradient; before anything is changed.
+        FloatingPointError: in `step`, when roots are due and a factor holds NaN or Inf.
 
     Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
     block_size at least the largest dimension, and merge_dims=False, lest a small matrix be merged into a vector.
@@ -95,6 +99,8 @@ class AdamWShampoo(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
+        if group["start_preconditioning_step"] is None:  # fixed here, so that a later change of the frequency does not move it
+            group["start_preconditioning_step"] = group["precondition_frequency"]
         try:
             check_parameters(group)
             self._buckets.append(make_buckets(group))
@@ -119,7 +125,7 @@ class AdamWShampoo(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's optimizers': options, and state for each parameter. `checkpoint` lists its keys."""
+        """As torch's optimizers': options, and state per parameter; deepcopy it to keep it. `checkpoint` lists its keys."""
         return {**super().state_dict(), "state": checkpoint.pack(self._buckets, self._params())}
 
     @torch.no_grad()
@@ -170,11 +176,11 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> None:
 
 def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:
     """Factors from the gradients G; roots from the factors, at step `start` and at later multiples of the frequency."""
-    plan, beta2, frequency = bucket.layout, group["betas"][1], group["precondition_frequency"]
+    plan, beta2 = bucket.layout, group["betas"][1]
+    start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
     blocks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
     for factors, stack, here in zip(bucket.factors, stack_views(plan, G), blocks, strict=True):
         update.update_factors(factors, stack, beta2, here)
-    start = first_refresh(group)
     if t == start or (t > start and t % frequency == 0):
         bc2 = update.bias_correction(beta2, t) if group["bias_correction"] else 1.0
         for inv_roots, factors, exponents in zip(bucket.inv_roots, bucket.factors, bucket.exponents, strict=True):
@@ -196,15 +202,10 @@ def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present:
 
     bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
-    if not bucket.factored or (t < first_refresh(group) and method != "none"):
+    if not bucket.factored or (t < group["start_preconditioning_step"] and method != "none"):
         return graft(N)
     P = [update.precondition(stack, roots) for stack, roots in zip(stack_views(plan, N), bucket.inv_roots, strict=True)]
     if method != "none":
         lengths = stack_views(plan, graft(graft_G if group["normalized_grafting"] else N))
         P = list(map(update.rescale, P, lengths))
     return flatten(P)
-
-
-def first_refresh(group: dict[str, Any]) -> int:
-    """The step of the first roots."""
-    return group["start_preconditioning_step"] or group["precondition_frequency"]

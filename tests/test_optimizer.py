@@ -302,6 +302,31 @@ def test_add_param_group_joins_a_run():
     assert [group["step"] for group in optimizer.param_groups] == [6, 3]
 
 
+@pytest.mark.parametrize(("before", "after"), [(100, 5), (5, 100)])
+def test_changing_the_frequency_never_stops_the_weights(before, after):
+    (W,) = make_params((6, 5))
+    optimizer = AdamWShampoo([W], precondition_frequency=before)
+    train(optimizer, [W], 12)
+    optimizer.param_groups[0]["precondition_frequency"] = after
+    for t in range(12, 30):
+        old = W.detach().clone()
+        train(optimizer, [W], 1, first=t)
+        assert (W - old).norm() > 1e-4
+    assert optimizer.param_groups[0]["start_preconditioning_step"] == before
+
+
+def test_state_dict_takes_time_in_proportion_to_the_parameters():
+    """Counted in operations: twice the parameters, about twice the work."""
+
+    def operations(count):
+        optimizer = AdamWShampoo(make_params(*[(3, 3)] * count))
+        with Recorder() as recorder:
+            optimizer.state_dict()
+        return len(recorder.names)
+
+    assert operations(80) < 2.2 * operations(40)
+
+
 def test_it_learns():
     """Least squares with a condition number of 1e4: far below plain Adam's loss after as many steps."""
 

@@ -242,7 +242,7 @@ def test_the_five_points_are_the_competitions():
         assert [group[name] for name in names] == others
         assert (point.warmup_factor, point.label_smoothing, point.dropout_rate, point.step_hint_factor) == schedule
         common = {"block_size": 1024, "precondition_frequency": 100, "eps": 1e-8, "grafting_eps": 1e-8, "nesterov": True}
-        common |= {"bias_correction": True, "decoupled_weight_decay": True, "start_preconditioning_step": None}
+        common |= {"bias_correction": True, "decoupled_weight_decay": True, "start_preconditioning_step": 100}
         assert {key: group[key] for key in common} == common
 
 
