@@ -9,9 +9,10 @@ from types import ModuleType
 
 try:
     importlib.import_module("algoperf.spec")
-    ALGOPERF = "using the installed algoperf"
+    ALGOPERF = "algoperf is installed: its spec is used"
 except ImportError as error:
     package = ModuleType("algoperf", "Stands in for AlgoPerf's package, which is not installed.")
     package.spec = importlib.import_module("runner.spec")  # type: ignore[attr-defined]
     sys.modules.update({"algoperf": package, "algoperf.spec": package.spec})
-    ALGOPERF = f"algoperf cannot be imported ({error}): its spec is replaced by the one in runner/spec.py"
+    reason = "is not installed" if getattr(error, "name", None) == "algoperf" else f"cannot be imported ({error})"
+    ALGOPERF = f"algoperf {reason}, and not needed here: runner/spec.py stands in for its spec"

@@ -1,5 +1,6 @@
 """`python -m runner`: run a submission on a workload, with the flags of AlgoPerf's submission runner."""
 
+import collections
 import importlib
 import json
 import os
@@ -29,11 +30,16 @@ flags.DEFINE_string("tuning_search_space", None, "JSON: a list of points, or a r
 flags.DEFINE_string("experiment_dir", None, "where experiments are kept", required=True)
 flags.DEFINE_string("experiment_name", None, "a folder in experiment_dir", required=True)
 flags.DEFINE_integer("num_tuning_trials", 1, "how many points to run", lower_bound=1)
-flags.DEFINE_integer("hparam_start_index", None, "the first point to run, from 0")
-flags.DEFINE_integer("hparam_end_index", None, "the point to stop before")
+flags.DEFINE_integer("hparam_start_index", None, "the first point to run, from 0", lower_bound=0)
+flags.DEFINE_integer("hparam_end_index", None, "the point to stop before", lower_bound=1)
 flags.DEFINE_integer("max_global_steps", None, "steps after which a trial ends", lower_bound=1)
 flags.DEFINE_integer("eval_every_steps", None, "evaluate by steps, not by seconds (AlgoPerf has no such flag)", lower_bound=1)
-flags.DEFINE_integer("rng_seed", None, "seed of weights, data order and search space; None: drawn anew", lower_bound=0)
+flags.DEFINE_integer(
+    "rng_seed",
+    None,
+    "seed of weights and data order (None: drawn anew) and of a search space of ranges (None: 0)",
+    lower_bound=0,
+)
 flags.DEFINE_boolean("save_checkpoints", True, "save model and optimizer at every evaluation")
 flags.DEFINE_boolean("save_intermediate_checkpoints", False, "keep all, not only the latest (AlgoPerf: true)")
 flags.DEFINE_boolean("resume_last_run", False, "continue an experiment from its checkpoints")
@@ -47,10 +53,18 @@ MEANINGLESS = {  # AlgoPerf's flags that a pasted command line may have
     "imagenet_v2_data_dir": "there is no ImageNet",
     "librispeech_tokenizer_vocab_path": "there is no tokenizer",
     "pytorch_eval_num_workers": "there are no loader processes",
+}
+MEANINGLESS_SWITCHES = {
     "set_pytorch_max_split_size": "models are small",
+    "append_timestamp": "--overwrite and --resume_last_run say what becomes of an experiment of the same name",
+    "use_wandb": "metrics go to CSV files and TensorBoard",
+    "profile": "there is no profiler",
+    "skip_evals": "evaluations are cheap",
 }
 for _name, _reason in MEANINGLESS.items():
     flags.DEFINE_string(_name, None, f"accepted and ignored: {_reason}")
+for _name, _reason in MEANINGLESS_SWITCHES.items():
+    flags.DEFINE_boolean(_name, None, f"accepted and ignored: {_reason}")
 
 
 def say(text: str) -> None:
@@ -85,33 +99,46 @@ def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkloa
 
 
 def trial_seed(folder: Path) -> int:
-    """The seed of a trial: the flag's, that of the run which is continued, or a new one."""
+    """The seed of a trial: that of the run which is continued, the flag's, or a new one. Raises ValueError if the two differ."""
     earlier = folder / "meta_data_0.json"
-    if FLAGS.rng_seed is not None:
-        return FLAGS.rng_seed
-    return json.loads(earlier.read_text())["rng_seed"] if earlier.exists() else int.from_bytes(os.urandom(3))
+    if not earlier.exists():
+        return int.from_bytes(os.urandom(3)) if FLAGS.rng_seed is None else FLAGS.rng_seed
+    seed = json.loads(earlier.read_text())["rng_seed"]
+    if FLAGS.rng_seed not in (None, seed):
+        raise ValueError(f"{folder} was begun with --rng_seed={seed}, not {FLAGS.rng_seed}; leave the flag out to continue it")
+    return seed
 
 
 class Progress:
-    """One line in a terminal: step, loss, metric, time left. Elsewhere a plain line for each evaluation."""
+    """One line in a terminal: step, loss, metric, time left at the most. Elsewhere a plain line for each evaluation."""
 
     def __init__(self, title: str, workload: LaptopWorkload):
-        self._title, self._metric = title, f"validation/{workload.target_metric_name}"
-        steps = min(FLAGS.max_global_steps or workload.step_hint, workload.step_hint)
-        self._bar = tqdm(total=steps, desc=title, unit="step", leave=False, disable=not sys.stderr.isatty())
+        self._title, self._metric = title, workload.target_metric_name
+        self._budget = workload.max_allowed_runtime_sec
+        self._begun: tuple[float, int] | None = None  # clock and step of the first call
+        self._line = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    def __call__(self, step: int, logger: MetricLogger, evaluated: bool) -> None:
-        """Show the newest metrics after a step."""
-        shown = {name: f"{logger.last[name]:.4g}" for name in ("loss", self._metric) if name in logger.last}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
-        if evaluated and self._bar.disable:
-            metrics = "  ".join(f"{name} {value}" for name, value in shown.items())
-            say(f"{self._title}  step {step}  {metrics}  {logger.last['accumulated_submission_time']:.1f} s")
+    def __call__(self, step: int, logger: MetricLogger, evaluated: bool, seconds: float) -> None:
+        """Show the newest metrics after a step; `seconds` is the submission's time so far."""
+        names = {"loss": "loss", f"validation/{self._metric}": f"validation {self._metric}"}
+        metrics = [f"{shown} {logger.last[name]:.4g}" for name, shown in names.items() if name in logger.last]
+        if self._line.disable:
+            if evaluated:
+                say("  ".join([self._title, f"step {step}", *metrics, f"{seconds:.1f} s"]))
+            return
+        self._begun = self._begun or (seconds, step)
+        left = self._budget - seconds
+        if FLAGS.max_global_steps and step > self._begun[1]:
+            per_step = (seconds - self._begun[0]) / (step - self._begun[1])
+            left = min(left, per_step * (FLAGS.max_global_steps - step))
+        self._line.set_description_str(
+            "  ".join([self._title, f"step {step}", *metrics, f"at most {left:.0f} s left"]), refresh=False
+        )
+        self._line.update()
 
     def close(self) -> None:
         """Remove the line."""
-        self._bar.close()
+        self._line.close()
 
 
 def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[Any]) -> None:
@@ -124,9 +151,10 @@ def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[
             raise ValueError(f"{FLAGS.tuning_search_space}, point {i}: {error}") from error
 
 
-def resumable(folder: Path) -> None:
-    """Raise ValueError if a trial was evaluated but has no checkpoint: to continue it would mix two runs in one file."""
+def check_resumable(folder: Path) -> None:
+    """Raise ValueError if a trial has another seed, or was evaluated but has no checkpoint: two runs would mix in one file."""
     for trial in folder.glob("trial_*"):
+        trial_seed(trial)
         if (trial / "eval_measurements.csv").exists() and not any(trial.glob("checkpoint_*")):
             raise ValueError(f"{trial} has no checkpoint to continue from; give --overwrite to start anew, or another name")
 
@@ -146,11 +174,16 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
         trial = folder / f"trial_{i}"
         trial.mkdir(exist_ok=True)
         if (saved := trial / "hparams.json").exists():
-            point = type(point)(**json.loads(saved.read_text()))
+            values = json.loads(saved.read_text())
+            point = collections.namedtuple("Hyperparameters", values)(**values)
         write_json(saved, point._asdict())
         progress = Progress(f"trial {i}/{len(points)}", workload)
+        (trial / "error.txt").unlink(missing_ok=True)
         try:
             run_trial(workload, submission, point, trial_seed(trial), trial, settings, progress)
+        except KeyboardInterrupt:
+            say(f"interrupted in trial {i}; --resume_last_run continues it from its last evaluation")
+            return
         except Exception as error:
             (trial / "error.txt").write_text(traceback.format_exc())
             say(f"trial {i} failed: {error!r}; see {trial / 'error.txt'}")
@@ -163,31 +196,34 @@ def summarize(workload: LaptopWorkload, folder: Path) -> None:
     trials = read_trials(folder)
     if not trials:
         sys.exit("error: no trial was evaluated")
-    picture = folder / "validation.png"
-    plot_trials(workload, FLAGS.workload, trials, picture)
+    failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
     hits = sum(to_target(workload, evaluations) is not None for _, evaluations in trials.values())
     relation = ">" if workload.higher_is_better else "<"
     target = f"validation {workload.target_metric_name} {relation} {workload.validation_target_value:g}"
     say(f"\n{trial_table(workload, trials).to_string()}\n")
-    say(f"{hits} of {len(trials)} trials reached the target, {target}")
+    say(f"{hits} of {len(trials)} trials reached the target, {target}" + (f"; {failed} failed" if failed else ""))
+    picture = folder / "validation.png"
+    plot_trials(workload, FLAGS.workload, trials, picture)
     say(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")
 
 
 def main(_: list[str]) -> None:
     """Check all that can be checked before the first step, run the trials, sum up."""
     say(ALGOPERF)
-    for name, reason in MEANINGLESS.items():
+    for name, reason in (MEANINGLESS | MEANINGLESS_SWITCHES).items():
         if FLAGS[name].present:
             say(f"--{name} has no meaning here: {reason}")
     try:
         workload = load_workload(FLAGS.workload)
         submission = load_submission(FLAGS.submission_path)
         points = read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
+        if (FLAGS.hparam_start_index or 0) >= min(len(points), FLAGS.hparam_end_index or len(points)):
+            raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
         check_points(workload, submission, points)
         folder = experiment_folder(
             FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
         )
-        resumable(folder)
+        check_resumable(folder)
     except (ValueError, FileExistsError, DataError) as error:
         sys.exit(f"error: {error}")
     run_trials(workload, submission, points, folder)

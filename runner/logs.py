@@ -56,10 +56,10 @@ def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
 class MetricLogger:
     """Appends metrics to measurements.csv, those of evaluations to eval_measurements.csv too, and all to TensorBoard."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int):
         self.last: dict[str, float] = {}  # the newest value of every metric, for the progress line
         self._folder = folder
-        self._events = SummaryWriter(str(folder))
+        self._events = SummaryWriter(str(folder), purge_step=first_step)
 
     def append_scalar_metrics(
         self, metrics: dict[str, float], global_step: int, preemption_count: int | None = None, is_eval: bool = False
@@ -86,6 +86,14 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
     table = pd.concat([pd.read_csv(path), new]) if path.exists() else new
     partial = path.with_suffix(".partial")
     table.to_csv(partial, index=False)
+    partial.replace(path)
+
+
+def drop_rows_after(path: Path, global_step: int) -> None:
+    """Forget the rows of a CSV file that a run wrote after the checkpoint from which it is to go on."""
+    table = pd.read_csv(path)
+    partial = path.with_suffix(".partial")
+    table[table["global_step"] <= global_step].to_csv(partial, index=False)
     partial.replace(path)
 
 

@@ -1,9 +1,10 @@
 """One trial: the training loop and clock of AlgoPerf. Steps, data and `prepare_for_eval` are timed; the rest is not."""
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from algoperf import spec
 
-from .logs import MetricLogger, latest_checkpoint, meta_data, save_checkpoint, write_json
+from .logs import MetricLogger, drop_rows_after, latest_checkpoint, meta_data, save_checkpoint, write_json
 from .workloads.base import DEVICE, LaptopWorkload
 
 
@@ -62,14 +63,13 @@ def now() -> float:
 
 @dataclass
 class Trial:
-    """Everything that changes during a trial; a checkpoint holds it."""
+    """A trial under way."""
 
     workload: LaptopWorkload
     submission: ModuleType
     hyperparameters: Any
     folder: Path
     settings: Settings
-    logger: MetricLogger
     queue: Iterator[dict[str, Any]]
     model: Any
     model_state: Any
@@ -78,7 +78,8 @@ class Trial:
     eval_results: list[tuple[int, dict[str, float]]]
     global_step: int
     preemption_count: int
-    start: float
+    start: float = 0.0
+    logger: MetricLogger = field(init=False)
 
     def arguments(self) -> dict[str, Any]:
         """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
@@ -102,12 +103,13 @@ def run_trial(
     rng_seed: int,
     folder: Path,
     settings: Settings,
-    progress: Callable[[int, MetricLogger, bool], None],
+    progress: Callable[[int, MetricLogger, bool, float], None],
 ) -> None:
     """Train until both targets are reached, the time is up, or the submission or max_global_steps ends it.
 
-    The trial goes on from its folder's latest checkpoint, if there is one. `progress` is called after every step with the step,
-    the logger, whose `last` holds the newest metrics, and whether an evaluation followed.
+    The trial goes on from its folder's latest checkpoint, if there is one; one that is finished stays as it is. `progress` is
+    called after every step with the step, the logger, whose `last` holds the newest metrics, whether an evaluation followed,
+    and the submission's seconds so far.
     """
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
@@ -119,7 +121,6 @@ def run_trial(
         hyperparameters,
         folder,
         settings,
-        logger=MetricLogger(folder),
         queue=workload._build_input_queue(data_rng, "train", "", settings.batch_size),
         model=model,
         model_state=model_state,
@@ -128,20 +129,22 @@ def run_trial(
         eval_results=[],
         global_step=0,
         preemption_count=0,
-        start=0.0,
     )
     restore(trial)
+    if finished(trial.train_state):
+        return
+    trial.logger = MetricLogger(folder, trial.global_step)
     write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
     write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
     workload.attach_metrics_logger(trial.logger)
 
     state = trial.train_state
     trial.start = state["last_step_end_time"] = now()
-    while state["is_time_remaining"] and not finished(state):
+    while not finished(state):
         select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, trial.global_step), 4)
         step_end = step(trial, select_rng, update_rng)
         evaluated = evaluation_due(trial, step_end) and evaluate(trial, prepare_rng, eval_rng)
-        progress(trial.global_step, trial.logger, evaluated)
+        progress(trial.global_step, trial.logger, evaluated, state["accumulated_submission_time"])
         state["last_step_end_time"] = now()
 
     score = {"score": state["accumulated_submission_time"]}
@@ -151,8 +154,9 @@ def run_trial(
 
 
 def finished(train_state: dict[str, Any]) -> bool:
-    """Whether both targets are reached, or the trial was ended."""
-    return train_state["training_complete"] or (train_state["validation_goal_reached"] and train_state["test_goal_reached"])
+    """Whether the time is up, the trial was ended, or both targets are reached."""
+    over = train_state["training_complete"] or not train_state["is_time_remaining"]
+    return over or (train_state["validation_goal_reached"] and train_state["test_goal_reached"])
 
 
 def evaluation_due(trial: Trial, step_end: float) -> bool:
@@ -184,7 +188,7 @@ def step(trial: Trial, select_rng: np.ndarray, update_rng: np.ndarray) -> float:
     except spec.TrainingCompleteError:
         trial.train_state["training_complete"] = True
     trial.global_step += 1
-    if trial.global_step == trial.settings.max_global_steps:
+    if trial.global_step >= (trial.settings.max_global_steps or math.inf):
         trial.train_state["training_complete"] = True
     end = now()
     trial.train_state["accumulated_submission_time"] += end - trial.train_state["last_step_end_time"]
@@ -225,7 +229,7 @@ def save(trial: Trial) -> None:
     if trial.settings.save_checkpoints:
         state = {
             "model_params": trial.model.state_dict(),
-            "optimizer_state": {key: value.state_dict() for key, value in trial.optimizer_state.items()},
+            "optimizer_state": {key: x.state_dict() for key, x in trial.optimizer_state.items() if hasattr(x, "state_dict")},
             "model_state": trial.model_state,
             **{name: getattr(trial, name) for name in SAVED},
         }
@@ -238,10 +242,14 @@ def restore(trial: Trial) -> None:
     if checkpoint is None:
         return
     trial.model.load_state_dict(checkpoint["model_params"])
-    for key, value in trial.optimizer_state.items():
-        value.load_state_dict(checkpoint["optimizer_state"][key])
+    for key, value in checkpoint["optimizer_state"].items():
+        trial.optimizer_state[key].load_state_dict(value)
     trial.model_state = checkpoint["model_state"]
     for name in SAVED:
         setattr(trial, name, checkpoint[name])
+    if finished(trial.train_state):
+        return
     trial.preemption_count += 1
+    for name in ("measurements.csv", "eval_measurements.csv"):
+        drop_rows_after(trial.folder / name, trial.global_step)
     trial.queue = islice(trial.queue, trial.global_step, None)

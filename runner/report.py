@@ -1,6 +1,7 @@
 """What a run came to: a table of its trials and a picture of their validation metric."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
             "steps to target": "-" if hit is None else str(int(hit["global_step"])),
             "seconds to target": "-" if hit is None else f"{hit['score']:.1f}",
             f"best {metric}": f"{best:.4f}",
-            "steps run": str(int(evaluations["global_step"].iloc[-1])),
+            "steps at the last evaluation": str(int(evaluations["global_step"].iloc[-1])),
         }
     table = pd.DataFrame(columns)
     points = [point for point, _ in trials.values()]
@@ -68,7 +69,9 @@ def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path)
         axes.plot(evaluations["score"], evaluations[metric], marker="o", markersize=3, label=f"trial {number}")
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
     values = pd.concat([pd.Series([target]), *(evaluations[metric] for _, evaluations in trials.values())])
-    low, high = values.quantile([0.1, 1.0] if workload.higher_is_better else [0.0, 0.9])
+    low, high = values.replace([math.inf, -math.inf], math.nan).quantile(
+        [0.1, 1.0] if workload.higher_is_better else [0.0, 0.9]
+    )
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set(xlabel="submission time in seconds", ylabel=metric, title=name)
     axes.legend()

@@ -7,6 +7,7 @@ import runner  # noqa: F401  brings algoperf.spec
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ import torch
 from algoperf import spec
 
 import submission
-from runner import data, loop
-from runner.logs import MetricLogger, append_row, experiment_folder
+from runner import data, loop, report
+from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder
 from runner.loop import fold_in, split
 from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
@@ -44,7 +45,13 @@ def run(folder, *flags, name="e", workload="pydoc_lm", timeout=120, check=True):
 def finished(tmp_path_factory):
     """A run of two points, three steps each: its output and its folder."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ("--num_tuning_trials=2", "--max_global_steps=3", "--rng_seed=7", "--data_dir=/nowhere", "--framework=pytorch")
+    flags = (
+        "--num_tuning_trials=2",
+        "--max_global_steps=3",
+        "--set_pytorch_max_split_size",
+        "--rng_seed=7",
+        "--data_dir=/nowhere",
+    )
     return run(folder, *flags), folder / "e" / "pydoc_lm_pytorch"
 
 
@@ -139,6 +146,33 @@ def test_resume_last_run_keeps_seed_and_hyperparameters(tmp_path):
     assert (trial / "hparams.json").read_text() == hyperparameters
 
 
+def test_a_finished_trial_stays_as_it_is(finished, tmp_path):
+    """Resuming it adds nothing; another seed than its own is refused."""
+    copy = tmp_path / "e" / "pydoc_lm_pytorch"
+    shutil.copytree(finished[1], copy)
+    before = {path.name: path.read_bytes() for path in (copy / "trial_1").iterdir()}
+    flags = ("--resume_last_run", "--num_tuning_trials=2", "--max_global_steps=9")
+    assert "0 of 2 trials reached" in run(tmp_path, *flags).stdout
+    assert {path.name: path.read_bytes() for path in (copy / "trial_1").iterdir()} == before
+    refused = run(tmp_path, *flags, "--rng_seed=8", check=False)
+    assert refused.returncode == 1
+    assert "was begun with --rng_seed=7, not 8" in refused.stderr
+
+
+def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
+    for step in (1, 40, 50):
+        append_row(tmp_path / "m.csv", {"global_step": step, "loss": 0.5})
+    drop_rows_after(tmp_path / "m.csv", 40)
+    assert list(pd.read_csv(tmp_path / "m.csv")["global_step"]) == [1, 40]
+
+
+@pytest.mark.parametrize("values", [[4.0, np.inf, np.inf], [np.nan, np.nan]])
+def test_a_diverged_trial_can_be_drawn(tmp_path, values):
+    evaluations = pd.DataFrame({"score": np.arange(len(values)), "validation/loss": values})
+    report.plot_trials(load_workload("pydoc_lm"), "pydoc_lm", {1: ({}, evaluations)}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
+
+
 def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
     (tmp_path / "failing.py").write_text(
         "from submission import *\n"
@@ -158,6 +192,7 @@ def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
     assert "trial 3 failed: ArithmeticError('diverged')" in result.stdout
     assert "diverged" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
     assert "trial 4" in result.stdout
+    assert "; 1 failed" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -170,6 +205,7 @@ def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
         (["--tuning_search_space=nothing.json"], "the search space nothing.json cannot be read"),
+        (["--hparam_start_index=1"], "--hparam_start_index and --hparam_end_index leave none of the 1 points"),
         (["--experiment_name=../elsewhere"], "the experiment name is '../elsewhere'; it must name a folder inside"),
     ],
 )
@@ -437,7 +473,7 @@ def test_rows_are_appended_with_new_columns_behind(tmp_path):
 def test_metrics_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = MetricLogger(tmp_path)
+    logger = MetricLogger(tmp_path, first_step=0)
     logger.append_scalar_metrics({"loss": 2.0}, 0)
     logger.append_scalar_metrics({"loss": 1.5}, 50)
     logger.finish()
