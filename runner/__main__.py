@@ -99,7 +99,7 @@ def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkloa
 
 
 def trial_seed(folder: Path) -> int:
-    """The seed of a trial: that of the run which is continued, the flag's, or a new one. Raises ValueError if the two differ."""
+    """The seed of a trial: of the run that is continued, the flag, or a new one. Raises ValueError if the first two differ."""
     earlier = folder / "meta_data_0.json"
     if not earlier.exists():
         return int.from_bytes(os.urandom(3)) if FLAGS.rng_seed is None else FLAGS.rng_seed
