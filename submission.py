@@ -1,4 +1,4 @@
-"""Distributed AdamW-style Shampoo as an AlgoPerf submission for the external tuning ruleset.
+"""AdamW-style Shampoo as an AlgoPerf submission for the external tuning ruleset.
 
 AlgoPerf calls the functions below; the mathematics is in `shampoo/`, the hyperparameters are in `tuning_search_space.json`.
 """
