@@ -1,0 +1,20 @@
+"""Submissions to compare with. All but the optimizer is our submission's: batches, loss, clipping, logging.
+
+Each folder holds a submission and its search space of five points: a ladder of learning rates around its method's published
+default, everything else at its published value.
+"""
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from shampoo.schedule import warmup_cosine
+from submission import data_selection, get_batch_size, prepare_for_eval, update_params
+
+__all__ = ["data_selection", "get_batch_size", "prepare_for_eval", "update_params", "with_schedule"]
+
+
+def with_schedule(optimizer: Optimizer, workload: Any, hyperparameters: Any) -> dict[str, Any]:
+    """AlgoPerf's optimizer state: the optimizer, and linear warm-up and cosine to zero over the workload's step hint."""
+    warmup_steps = int(hyperparameters.warmup_factor * workload.step_hint)
+    return {"optimizer": optimizer, "scheduler": warmup_cosine(optimizer, workload.step_hint, warmup_steps)}

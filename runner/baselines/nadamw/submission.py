@@ -1,0 +1,17 @@
+"""NadamW: torch.optim.NAdam with decoupled decay, which was AlgoPerf's baseline."""
+
+from typing import Any
+
+import torch
+
+from runner.baselines import data_selection, get_batch_size, prepare_for_eval, update_params, with_schedule
+
+__all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
+
+
+def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
+    """The optimizer and its schedule."""
+    h = hyperparameters
+    options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
+    optimizer = torch.optim.NAdam(model_params.parameters(), **options, decoupled_weight_decay=True)
+    return with_schedule(optimizer, workload, hyperparameters)
