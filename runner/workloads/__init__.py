@@ -5,7 +5,12 @@ import importlib
 
 from .base import LaptopWorkload
 
-WORKLOADS = {"mnist_resnet": "MnistResNet", "pydoc_lm": "PydocLM"}  # module -> class
+WORKLOADS = {  # module -> class
+    "mnist_resnet": "MnistResNet",
+    "mnist_vit": "MnistViT",
+    "mnist_unet": "MnistUNet",
+    "pydoc_lm": "PydocLM",
+}
 
 
 def workload_class(name: str) -> type[LaptopWorkload]:

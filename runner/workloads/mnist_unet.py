@@ -1,0 +1,107 @@
+"""mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space's columns.
+
+TARGET_DOC
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from algoperf import spec
+from torch import Tensor, nn
+
+from .base import LaptopWorkload, Split
+from .mnist import load_mnist
+
+SIZE = 32  # MNIST's images, padded
+ACCELERATION, CENTER = 4, 0.08  # one column in 4 is measured; of all columns, 8 % in the centre always are
+WINDOW = 7  # of the structural similarity
+
+
+def undersampled(images: Tensor, seed: int) -> Tensor:
+    """Zero-filled reconstructions (N, 1, SIZE, SIZE) of images whose k-space keeps random columns, others for each image."""
+    columns, center = SIZE // ACCELERATION, round(CENTER * SIZE)
+    priority = np.random.default_rng(seed).random((len(images), SIZE))
+    first = (SIZE - center) // 2
+    priority[:, first : first + center] = 2.0
+    kept = torch.from_numpy(np.argsort(np.argsort(-priority)) < columns)[:, None, None, :]
+    k_space = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
+    return torch.fft.ifft2(torch.fft.ifftshift(k_space * kept, dim=(-2, -1))).abs()
+
+
+def structural_similarity(X: Tensor, Y: Tensor) -> Tensor:
+    """(N,) mean structural similarity of images (N, 1, H, W) of range 1, over 7x7 windows (Wang et al. 2004)."""
+    c1, c2 = 0.01**2, 0.03**2
+    mean = torch.nn.AvgPool2d(WINDOW, stride=1)
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    mx, my = mean(X), mean(Y)
+    vx, vy = unbiased * (mean(X * X) - mx * mx), unbiased * (mean(Y * Y) - my * my)
+    covariance = unbiased * (mean(X * Y) - mx * my)
+    similarity = (2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return similarity.mean(dim=(1, 2, 3))
+
+
+def double_convolution(channels_in: int, channels: int) -> nn.Sequential:
+    """Twice: 3x3 convolution, instance norm, leaky ReLU, dropout."""
+    layers: list[nn.Module] = []
+    for inputs in (channels_in, channels):
+        layers += [nn.Conv2d(inputs, channels, 3, padding=1, bias=False), nn.InstanceNorm2d(channels)]
+        layers += [nn.LeakyReLU(0.2), nn.Dropout(0.0)]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """Two halvings and back, with 16, 32 and 64 channels and skips; it adds its output to the input. 116k parameters."""
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        c = channels
+        self.down1, self.down2, self.bottom = (
+            double_convolution(1, c),
+            double_convolution(c, 2 * c),
+            double_convolution(2 * c, 4 * c),
+        )
+        self.up2, self.up1 = nn.ConvTranspose2d(4 * c, 2 * c, 2, stride=2), nn.ConvTranspose2d(2 * c, c, 2, stride=2)
+        self.merge2, self.merge1 = double_convolution(4 * c, 2 * c), double_convolution(2 * c, c)
+        self.output = nn.Conv2d(c, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, SIZE, SIZE)
+        first = self.down1(x)
+        second = self.down2(F.avg_pool2d(first, 2))
+        y = self.up2(self.bottom(F.avg_pool2d(second, 2)))
+        y = self.up1(self.merge2(torch.cat([y, second], dim=1)))
+        return x + self.output(self.merge1(torch.cat([y, first], dim=1)))
+
+
+class MnistUNet(LaptopWorkload):
+    """Structural similarity of restored images, mean absolute error."""
+
+    loss_type = spec.LossType.MEAN_ABSOLUTE_ERROR
+    target_metric_name = "ssim"
+    higher_is_better = True
+    validation_target_value = 0.8
+    test_target_value = 0.8
+    default_batch_size = 16
+    eval_batch_size = 250
+    step_hint = 400
+    max_allowed_runtime_sec = 40
+    eval_period_time_sec = 2
+
+    def load_splits(self) -> dict[str, Split]:
+        splits = {}
+        for seed, (name, digits) in enumerate(load_mnist().items()):
+            images = F.pad(digits["inputs"].float(), [(SIZE - 28) // 2] * 4)
+            splits[name] = {"inputs": undersampled(images, seed), "targets": images}
+        splits["eval_train"] = {key: x[: len(splits["validation"][key])] for key, x in splits["train"].items()}
+        return splits
+
+    def build_model(self) -> nn.Module:
+        return UNet()
+
+    def per_example_loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        return (logits - targets).abs().mean(dim=(1, 2, 3))
+
+    def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "ssim": structural_similarity(logits, targets).sum(),
+            "loss": self.per_example_loss(logits, targets, 0.0).sum(),
+        }
