@@ -23,7 +23,8 @@ from runner import data, loop
 from runner.logs import MetricLogger, append_row, experiment_folder
 from runner.loop import fold_in, split
 from runner.search_space import read_points
-from runner.workloads import WORKLOADS, load_workload
+from runner.workloads import WORKLOADS, fsdd, load_workload
+from runner.workloads.base import rows
 from runner.workloads.pydoc_lm import TEST_TOPICS, VALIDATION_TOPICS, load_topics
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +166,7 @@ def test_a_trial_that_fails_leaves_the_others_running(tmp_path):
     [
         (
             ["--workload=mnist_resnt"],
-            "unknown workload 'mnist_resnt'; there are mnist_resnet, pydoc_lm; did you mean mnist_resnet?",
+            f"unknown workload 'mnist_resnt'; there are {', '.join(WORKLOADS)}; did you mean mnist_resnet?",
         ),
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
@@ -346,13 +347,21 @@ def workload(request):
     return load_workload(request.param)
 
 
+def tensors(x):
+    """The tensors of a batch's inputs or targets, of which there are one or two."""
+    return x if isinstance(x, tuple) else (x,)
+
+
 def test_splits_are_disjoint_and_the_same_every_time(workload):
-    rows = {split: {tuple(x.flatten().tolist()) for x in examples["inputs"]} for split, examples in workload._splits.items()}
-    assert not rows["train"] & rows["validation"]
-    assert not (rows["train"] | rows["validation"]) & rows["test"]
-    assert rows["eval_train"] <= rows["train"]
+    inputs = {split: tensors(examples["inputs"])[0] for split, examples in workload._splits.items()}
+    found = {split: {tuple(x.flatten().tolist()) for x in examples} for split, examples in inputs.items()}
+    assert not found["train"] & found["validation"]
+    assert not (found["train"] | found["validation"]) & found["test"]
+    assert found["eval_train"] <= found["train"]
     again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
-    assert all(torch.equal(x, again._splits[s][key]) for s, examples in workload._splits.items() for key, x in examples.items())
+    for name, examples in workload._splits.items():
+        for key, x in examples.items():
+            assert all(torch.equal(*pair) for pair in zip(tensors(x), tensors(again._splits[name][key])))
 
 
 def test_pydoc_topics_of_different_splits_share_no_passage():
@@ -369,7 +378,8 @@ def test_weights_and_batches_depend_on_the_seed_alone(workload):
     weights = [[p.detach().clone() for p in workload.init_model_fn(rng)[0].parameters()] for rng in (rngs[0], rngs[0], rngs[1])]
     assert all(torch.equal(p, q) for p, q in zip(weights[0], weights[1]))
     assert any(not torch.equal(p, q) for p, q in zip(weights[0], weights[2]))
-    batches = [next(workload._build_input_queue(rng, "train", "", 8))["inputs"] for rng in (rngs[0], rngs[0], rngs[1])]
+    batches = [next(workload._build_input_queue(rng, "train", "", 8)) for rng in (rngs[0], rngs[0], rngs[1])]
+    batches = [tensors(batch["inputs"])[0] for batch in batches]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
@@ -377,8 +387,8 @@ def test_weights_and_batches_depend_on_the_seed_alone(workload):
 def test_an_epoch_holds_every_example_once_and_the_next_is_shuffled_anew(workload):
     size = workload.num_train_examples
     queue = workload._build_input_queue(fold_in(np.array([0, 1]), 5), "train", "", size // 4)
-    epochs = [torch.cat([next(queue)["inputs"].flatten(1) for _ in range(4)]) for _ in range(2)]
-    whole = workload._splits["train"]["inputs"].flatten(1)
+    epochs = [torch.cat([tensors(next(queue)["inputs"])[0].flatten(1) for _ in range(4)]) for _ in range(2)]
+    whole = tensors(workload._splits["train"]["inputs"])[0].flatten(1)
     assert all(len(epoch) == size // 4 * 4 for epoch in epochs)
     if size % 4 == 0:
         assert all(torch.equal(epoch.double().sum(0), whole.double().sum(0)) for epoch in epochs)
@@ -390,6 +400,22 @@ def test_parameter_types_are_algoperfs(workload):
     kinds = {name: kind.name for name, kind in workload.model_params_types.items()}
     assert kinds.keys() == dict(model.named_parameters()).keys() == workload.param_shapes.keys()
     expected = {
+        "FsddConformer": {
+            "subsampling.conv.weight": "CONV_WEIGHT",
+            "blocks.0.before.up.weight": "WEIGHT",
+            "blocks.0.attention.qkv.weight": "ATTENTION_QKV",
+            "blocks.1.attention.out.bias": "ATTENTION_BIAS",
+            "blocks.0.convolution.depthwise.weight": "CONV_WEIGHT",
+            "blocks.1.convolution.bn.weight": "BATCH_NORM_SCALE",
+            "blocks.1.norm.bias": "LAYER_NORM_BIAS",
+        },
+        "FsddLSTM": {
+            "subsampling.conv.bias": "BIAS",
+            "layers.0.forwards.weight_ih_l0": "WEIGHT",
+            "layers.0.backwards.weight_hh_l0": "WEIGHT",
+            "layers.1.forwards.bias_ih_l0": "BIAS",
+            "layers.1.bn.bias": "BATCH_NORM_BIAS",
+        },
         "MnistResNet": {
             "conv.weight": "CONV_WEIGHT",
             "bn.weight": "BATCH_NORM_SCALE",
@@ -418,10 +444,95 @@ def test_a_mask_leaves_examples_out(workload):
     logits = model.eval()(batch["inputs"])
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     masked = workload.loss_fn(batch["targets"], logits, mask)
-    kept = workload.loss_fn(batch["targets"][mask > 0], logits[mask > 0])
+    kept = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
+    kept = workload.loss_fn(kept["targets"], kept["logits"])
     assert masked["n_valid_examples"] == kept["n_valid_examples"] == 4
     torch.testing.assert_close(masked["summed"], kept["summed"])
     assert (masked["per_example"][mask == 0] == 0).all()
+
+
+@pytest.fixture(scope="module", params=["fsdd_conformer", "fsdd_lstm"])
+def speech(request):
+    return load_workload(request.param)
+
+
+def test_fsdd_splits_share_no_utterance(speech):
+    """Not even a frame; each has its 240 or 30 utterances of every digit four times."""
+    frames = {}
+    for name, examples in speech._splits.items():
+        values, paddings = examples["inputs"]
+        frames[name] = {tuple(frame) for frame in values[paddings == 0].tolist()}
+        words = [word for symbols in fsdd.sequences(*examples["targets"]) for word in fsdd.read(symbols)]
+        count = {"train": 960, "validation": 120, "test": 120}
+        assert name == "eval_train" or all(words.count(word) == count[name] for word in fsdd.WORDS)
+    assert not frames["train"] & frames["validation"]
+    assert not (frames["train"] | frames["validation"]) & frames["test"]
+    everything = torch.cat(fsdd.load_utterances()[0])
+    assert len(frames["train"] | frames["validation"] | frames["test"]) == len(everything.unique(dim=0))
+
+
+def test_fsdd_features_are_normalised_by_train(speech):
+    values, paddings = speech._splits["train"]["inputs"]
+    std, mean = torch.std_mean(values[paddings == 0], dim=0)
+    torch.testing.assert_close(mean, torch.zeros(13), atol=1e-4, rtol=0)
+    torch.testing.assert_close(std, torch.ones(13), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "reference", "errors"),
+    [
+        ("one two", "one two", 0),
+        ("", "one two", 2),
+        ("one two", "", 2),
+        ("one three", "one two", 1),
+        ("two", "one two three", 2),
+        ("nine one two", "one two three", 2),
+        ("onetwo", "one two", 2),
+    ],
+)
+def test_edit_distance(decoded, reference, errors):
+    assert fsdd.edit_distance(decoded.split(), reference.split()) == errors
+
+
+def sentence_logits(*sentences):
+    """Logits whose likeliest symbols are the characters of the sentences, with paddings; and the same as symbols."""
+    symbols, paddings = fsdd.padded([torch.tensor([fsdd.SYMBOLS.index(c) for c in sentence]) for sentence in sentences])
+    symbols = symbols + (paddings * fsdd.SYMBOLS.index("x")).long()  # what is padding must not be read
+    return (torch.nn.functional.one_hot(symbols, len(fsdd.SYMBOLS)).float(), paddings), (symbols, paddings)
+
+
+def test_wer_is_total_errors_over_total_words(speech):
+    logits, _ = sentence_logits("__oonne__ _ttwwo_", "thre_e", "threee ssix")  # "one two", "three", "thre six"
+    _, targets = sentence_logits("one two", "three", "three four six")
+    assert fsdd.greedy_words(*logits) == [["one", "two"], ["three"], ["thre", "six"]]
+    sums = {name: value.item() for name, value in speech.metric_sums(logits, targets).items()}
+    assert (sums["errors"], sums["words"]) == (2, 6)
+    assert speech.metrics(sums, 3) == {"wer": 2 / 6, "loss": sums["loss"] / 3}
+
+
+def test_padding_changes_neither_logits_nor_loss(speech):
+    """Nor does what it holds, nor the other examples of a batch."""
+    model, _ = speech.init_model_fn([0, 0])
+    batch = rows(speech._splits["train"], slice(8))
+    (features, paddings), (labels, label_paddings) = batch["inputs"], batch["targets"]
+    with torch.no_grad():
+        for _ in range(3):
+            model((features, paddings))  # batch norm gets statistics
+        logits = model.eval()((features, paddings))
+        losses = speech.loss_fn(batch["targets"], logits)["per_example"]
+        assert (losses > 0).all()
+        noisy = features + torch.randn_like(features) * paddings[..., None]
+        whole = model((noisy, paddings))
+        torch.testing.assert_close(whole[0][whole[1] == 0], logits[0][logits[1] == 0])
+        longer = torch.nn.functional.pad(labels, (0, 5), value=3), torch.nn.functional.pad(label_paddings, (0, 5), value=1.0)
+        torch.testing.assert_close(speech.loss_fn(longer, whole)["per_example"], losses)
+        for i, length in enumerate(fsdd.lengths(paddings).tolist()):
+            alone = model((features[i : i + 1, :length], paddings[i : i + 1, :length]))
+            assert alone[1].sum() == 0
+            size = alone[0].shape[1]
+            assert size == (length + 1) // 2 == fsdd.lengths(logits[1])[i]
+            torch.testing.assert_close(alone[0][0], logits[0][i, :size], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(speech.loss_fn(rows(batch, slice(i, i + 1))["targets"], alone)["summed"], losses[i])
 
 
 # Logs

@@ -5,7 +5,12 @@ import importlib
 
 from .base import LaptopWorkload
 
-WORKLOADS = {"mnist_resnet": "MnistResNet", "pydoc_lm": "PydocLM"}  # module -> class
+WORKLOADS = {  # module -> class
+    "fsdd_conformer": "FsddConformer",
+    "fsdd_lstm": "FsddLSTM",
+    "mnist_resnet": "MnistResNet",
+    "pydoc_lm": "PydocLM",
+}
 
 
 def workload_class(name: str) -> type[LaptopWorkload]:
