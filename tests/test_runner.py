@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +20,10 @@ import torch
 from algoperf import spec
 
 import submission
-from runner import data, loop, report
+from runner import loop, report
 from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder
-from runner.loop import fold_in, split
 from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
-from runner.workloads.mnist_unet import structural_similarity, undersampled
-from runner.workloads.pydoc_lm import TEST_TOPICS, VALIDATION_TOPICS, load_topics
 
 ROOT = Path(__file__).parents[1]
 
@@ -364,125 +360,6 @@ def test_a_range_space_is_sampled_evenly_and_by_seed(tmp_path):
 def test_a_bad_space_is_refused(tmp_path, space, message):
     with pytest.raises(ValueError, match=message):
         read_points(write(tmp_path, space), 2, seed=0)
-
-
-# Data and workloads
-
-
-def test_a_changed_or_missing_data_file_is_named(tmp_path):
-    (tmp_path / "file").write_text("changed")
-    with pytest.raises(data.DataError, match=r"file has sha256 [0-9a-f]{64}; it must have abc; reinstall it"):
-        data.checked(tmp_path / "file", "abc", "reinstall it")
-    with pytest.raises(data.DataError, match="nothing does not exist; reinstall it"):
-        data.checked(tmp_path / "nothing", "abc", "reinstall it")
-    with pytest.raises(data.DataError, match=r"pip install --no-deps no_such_package==1\.2"):
-        data.package_file("no_such_package", "1.2", "file", "abc")
-
-
-@pytest.fixture(scope="module", params=WORKLOADS)
-def workload(request):
-    return load_workload(request.param)
-
-
-def test_splits_are_disjoint_and_the_same_every_time(workload):
-    rows = {split: {tuple(x.flatten().tolist()) for x in examples["inputs"]} for split, examples in workload._splits.items()}
-    assert not rows["train"] & rows["validation"]
-    assert not (rows["train"] | rows["validation"]) & rows["test"]
-    assert rows["eval_train"] <= rows["train"]
-    again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
-    assert all(torch.equal(x, again._splits[s][key]) for s, examples in workload._splits.items() for key, x in examples.items())
-
-
-def test_pydoc_topics_of_different_splits_share_no_passage():
-    topics = load_topics()
-    names = {"validation": VALIDATION_TOPICS, "test": TEST_TOPICS}
-    names["train"] = tuple(topics.keys() - {*VALIDATION_TOPICS, *TEST_TOPICS})
-    passages = {s: {topics[n][i : i + 60] for n in group for i in range(len(topics[n]) - 59)} for s, group in names.items()}
-    assert not passages["train"] & passages["validation"]
-    assert not (passages["train"] | passages["validation"]) & passages["test"]
-
-
-def test_weights_and_batches_depend_on_the_seed_alone(workload):
-    rngs = split(np.array([0, 1]), 2)
-    weights = [[p.detach().clone() for p in workload.init_model_fn(rng)[0].parameters()] for rng in (rngs[0], rngs[0], rngs[1])]
-    assert all(torch.equal(p, q) for p, q in zip(weights[0], weights[1]))
-    assert any(not torch.equal(p, q) for p, q in zip(weights[0], weights[2]))
-    batches = [next(workload._build_input_queue(rng, "train", "", 8))["inputs"] for rng in (rngs[0], rngs[0], rngs[1])]
-    assert torch.equal(batches[0], batches[1])
-    assert not torch.equal(batches[0], batches[2])
-
-
-def test_an_epoch_holds_every_example_once_and_the_next_is_shuffled_anew(workload):
-    size = workload.num_train_examples // 4 * 4
-    queue = workload._build_input_queue(fold_in(np.array([0, 1]), 5), "train", "", size // 4)
-    train = [tuple(x.flatten().tolist()) for x in workload._splits["train"]["inputs"]]
-    epochs = [[tuple(x.flatten().tolist()) for _ in range(4) for x in next(queue)["inputs"]] for _ in range(2)]
-    assert all(len(epoch) == size and not Counter(epoch) - Counter(train) for epoch in epochs)  # some text repeats itself
-    assert epochs[0] != epochs[1]
-
-
-def test_parameter_types_are_algoperfs(workload):
-    model, _ = workload.init_model_fn([0, 0])
-    kinds = {name: kind.name for name, kind in workload.model_params_types.items()}
-    assert kinds.keys() == dict(model.named_parameters()).keys() == workload.param_shapes.keys()
-    expected = {
-        "MnistResNet": {
-            "conv.weight": "CONV_WEIGHT",
-            "bn.weight": "BATCH_NORM_SCALE",
-            "blocks.2.skip.1.bias": "BATCH_NORM_BIAS",
-            "output.weight": "WEIGHT",
-            "output.bias": "BIAS",
-        },
-        "MnistViT": {
-            "patches.weight": "CONV_WEIGHT",
-            "positions.weight": "EMBEDDING",
-            "layers.3.qkv.weight": "ATTENTION_QKV",
-            "layers.0.norm2.bias": "LAYER_NORM_BIAS",
-        },
-        "MnistUNet": {"down1.0.weight": "CONV_WEIGHT", "up2.weight": "CONV_WEIGHT", "up2.bias": "BIAS"},
-        "PydocLM": {
-            "characters.weight": "EMBEDDING",
-            "layers.0.qkv.weight": "ATTENTION_QKV",
-            "layers.0.qkv.bias": "ATTENTION_BIAS",
-            "layers.1.out.weight": "ATTENTION_OUT",
-            "layers.1.norm1.weight": "LAYER_NORM_SCALE",
-            "norm.bias": "LAYER_NORM_BIAS",
-            "layers.0.up.weight": "WEIGHT",
-            "output.bias": "BIAS",
-        },
-    }[type(workload).__name__]
-    assert {name: kinds[name] for name in expected} == expected
-    assert [name for name in kinds if workload.is_output_params(name)] == ["output.weight", "output.bias"]
-
-
-def test_a_mask_leaves_examples_out(workload):
-    model, _ = workload.init_model_fn([0, 0])
-    batch = next(workload._build_input_queue([0, 0], "validation", "", 6))
-    logits = model.eval()(batch["inputs"])
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    masked = workload.loss_fn(batch["targets"], logits, mask)
-    kept = workload.loss_fn(batch["targets"][mask > 0], logits[mask > 0])
-    assert masked["n_valid_examples"] == kept["n_valid_examples"] == 4
-    torch.testing.assert_close(masked["summed"], kept["summed"])
-    assert (masked["per_example"][mask == 0] == 0).all()
-
-
-def test_structural_similarity_by_its_definition():
-    """Of one window, from means, variances and covariance over 49 values, with the usual constants."""
-    X, Y = torch.rand(2, 1, 7, 7), torch.rand(2, 1, 7, 7)
-    for x, y, similarity in zip(X.flatten(1).double(), Y.flatten(1).double(), structural_similarity(X, Y)):
-        covariance = ((x - x.mean()) * (y - y.mean())).sum() / 48
-        luminance = (2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4)
-        assert similarity.item() == pytest.approx(
-            (luminance * (2 * covariance + 9e-4) / (x.var() + y.var() + 9e-4)).item(), abs=1e-4
-        )
-
-
-def test_undersampling_loses_what_it_should():
-    images = load_workload("mnist_unet")._splits["validation"]["targets"][:50]
-    restored = structural_similarity(undersampled(images, seed=0), images).mean()
-    assert 0.3 < restored < 0.5  # measured before on this data: 0.373
-    assert not torch.equal(undersampled(images, seed=0), undersampled(images, seed=1))
 
 
 # Logs

@@ -6,9 +6,11 @@ import importlib
 from .base import LaptopWorkload
 
 WORKLOADS = {  # module -> class
+    "fsdd_conformer": "FsddConformer",
+    "fsdd_lstm": "FsddLSTM",
     "mnist_resnet": "MnistResNet",
-    "mnist_vit": "MnistViT",
     "mnist_unet": "MnistUNet",
+    "mnist_vit": "MnistViT",
     "pydoc_lm": "PydocLM",
 }
 

@@ -1,7 +1,7 @@
 """What the laptop workloads share: batches, model call, evaluation, targets. Each adds its data, model, loss and metrics."""
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,9 +9,19 @@ import torch
 from algoperf import spec
 from torch import Tensor, nn
 
-Split = dict[str, Tensor]  # "inputs" and "targets", one row per example
+Split = dict[str, Any]  # "inputs" and "targets": a tensor or a tuple of tensors, each with one row per example
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def each(function: Callable[[Tensor], Tensor], examples: Split) -> Split:
+    """The function of every tensor."""
+    return {key: tuple(map(function, x)) if isinstance(x, tuple) else function(x) for key, x in examples.items()}
+
+
+def rows(examples: Split, chosen: slice | Tensor) -> Split:
+    """These rows of every tensor."""
+    return each(lambda x: x[chosen], examples)
 
 
 class LaptopWorkload(spec.Workload):
@@ -28,9 +38,7 @@ class LaptopWorkload(spec.Workload):
 
     def __init__(self) -> None:
         super().__init__()
-        self._splits = {
-            split: {key: x.to(DEVICE) for key, x in examples.items()} for split, examples in self.load_splits().items()
-        }
+        self._splits = {split: each(lambda x: x.to(DEVICE), examples) for split, examples in self.load_splits().items()}
 
     @abc.abstractmethod
     def load_splits(self) -> dict[str, Split]:
@@ -41,12 +49,16 @@ class LaptopWorkload(spec.Workload):
         """A new model, its weights drawn from torch's global generator."""
 
     @abc.abstractmethod
-    def per_example_loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-        """(B,) losses."""
+    def per_example_loss(self, logits: Any, targets: Any, label_smoothing: float) -> Tensor:
+        """(B,) losses of what the model returns."""
 
     @abc.abstractmethod
-    def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The sum over examples of each metric; metrics are these sums over the number of examples."""
+    def metric_sums(self, logits: Any, targets: Any) -> dict[str, Tensor]:
+        """Sums over examples, from which `metrics` makes the metrics."""
+
+    def metrics(self, sums: dict[str, float], num_examples: int) -> dict[str, float]:
+        """The metrics of a split: the sums over the number of examples, unless a subclass divides otherwise."""
+        return {name: value / num_examples for name, value in sums.items()}
 
     @property
     def num_train_examples(self) -> int:
@@ -65,7 +77,8 @@ class LaptopWorkload(spec.Workload):
         return self._size("test")
 
     def _size(self, split: str) -> int:
-        return len(self._splits[split]["targets"])
+        targets = self._splits[split]["targets"]
+        return len(targets[0] if isinstance(targets, tuple) else targets)
 
     def has_reached_validation_target(self, eval_result: dict[str, float]) -> bool:
         return self._reached(eval_result[f"validation/{self.target_metric_name}"], self.validation_target_value)
@@ -85,12 +98,12 @@ class LaptopWorkload(spec.Workload):
         cache: bool | None = None,
         repeat_final_dataset: bool | None = None,
         num_batches: int | None = None,
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[Split]:
         """Train: endless batches, shuffled anew each epoch, the remainder of an epoch left out. Else: one pass in order."""
         examples, size = self._splits[split], self._size(split)
         if split != "train":
             for first in range(0, size, global_batch_size):
-                yield {key: x[first : first + global_batch_size] for key, x in examples.items()}
+                yield rows(examples, slice(first, first + global_batch_size))
             return
         if global_batch_size > size:
             raise ValueError(f"the batch size is {global_batch_size}; it must be at most {size}, the number of examples")
@@ -98,8 +111,7 @@ class LaptopWorkload(spec.Workload):
         while True:
             order = torch.from_numpy(shuffle.permutation(size)).to(DEVICE)
             for first in range(0, size - global_batch_size + 1, global_batch_size):
-                chosen = order[first : first + global_batch_size]
-                yield {key: x[chosen] for key, x in examples.items()}
+                yield rows(examples, order[first : first + global_batch_size])
 
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
         """A new model on the device; the weights depend on rng alone."""
@@ -116,13 +128,13 @@ class LaptopWorkload(spec.Workload):
     def model_fn(
         self,
         params: nn.Module,
-        augmented_and_preprocessed_input_batch: dict[str, Tensor],
+        augmented_and_preprocessed_input_batch: Split,
         model_state: None,
         mode: Any,
         rng: Any,
         update_batch_norm: bool,
         dropout_rate: float = 0.0,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Any, None]:
         """Logits of a batch. Dropout is drawn from rng, so that a resumed run draws the same."""
         train = mode == spec.ForwardPassMode.TRAIN
         params.train(train)
@@ -138,8 +150,8 @@ class LaptopWorkload(spec.Workload):
 
     def loss_fn(
         self,
-        label_batch: Tensor,
-        logits_batch: Tensor,
+        label_batch: Any,
+        logits_batch: Any,
         mask_batch: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> dict[str, Tensor]:
@@ -164,23 +176,24 @@ class LaptopWorkload(spec.Workload):
             logits, _ = self.model_fn(params, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
             for name, value in self.metric_sums(logits, batch["targets"]).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: value / num_examples for name, value in sums.items()}
+        return self.metrics(sums, num_examples)
 
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
     """AlgoPerf's type of each parameter, from the kind of its module and, in attention, from the module's name (qkv, out)."""
-    weights = {nn.Conv2d: "CONV_WEIGHT", nn.ConvTranspose2d: "CONV_WEIGHT", nn.Embedding: "EMBEDDING"}
-    norms = {nn.LayerNorm: "LAYER_NORM", nn.BatchNorm2d: "BATCH_NORM"}
+    weights = {nn.Embedding: "EMBEDDING"} | dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d), "CONV_WEIGHT")
+    norms = {nn.LayerNorm: "LAYER_NORM", nn.BatchNorm1d: "BATCH_NORM", nn.BatchNorm2d: "BATCH_NORM"}
     attention = {"qkv": "ATTENTION_QKV", "out": "ATTENTION_OUT"}
     types = {}
     for path, module in model.named_modules():
         last = path.split(".")[-1]
         for name, _ in module.named_parameters(recurse=False):
+            bias = name.startswith("bias")  # an LSTM's are bias_ih_l0, bias_hh_l0, ...
             if type(module) in norms:
-                kind = norms[type(module)] + ("_BIAS" if name == "bias" else "_SCALE")
+                kind = norms[type(module)] + ("_BIAS" if bias else "_SCALE")
             elif last in attention:
-                kind = "ATTENTION_BIAS" if name == "bias" else attention[last]
+                kind = "ATTENTION_BIAS" if bias else attention[last]
             else:
-                kind = "BIAS" if name == "bias" else weights.get(type(module), "WEIGHT")
+                kind = "BIAS" if bias else weights.get(type(module), "WEIGHT")
             types[f"{path}.{name}"] = spec.ParameterType[kind]
     return types

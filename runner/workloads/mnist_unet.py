@@ -1,6 +1,8 @@
 """mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space's columns.
 
-TARGET_DOC
+Target, provisional: validation structural similarity above 0.74 (test: 0.74). NadamW (torch.optim.NAdam, decoupled decay 0.01,
+5 % warm-up, cosine to 0) had a best value within the step hint of 0.718 at lr 0.002 and 0.750 at 0.008 (test: 0.721, 0.751), one
+seed each. The zero-filled images have 0.373.
 """
 
 import numpy as np
@@ -78,8 +80,8 @@ class MnistUNet(LaptopWorkload):
     loss_type = spec.LossType.MEAN_ABSOLUTE_ERROR
     target_metric_name = "ssim"
     higher_is_better = True
-    validation_target_value = 0.8
-    test_target_value = 0.8
+    validation_target_value = 0.74
+    test_target_value = 0.74
     default_batch_size = 16
     eval_batch_size = 250
     step_hint = 400

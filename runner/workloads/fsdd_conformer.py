@@ -1,0 +1,112 @@
+"""fsdd_conformer, the laptop twin of librispeech_conformer: attention and convolution on sentences of spoken digits.
+
+Target, provisional: validation word error rate below 0.055 (test: 0.045); of 300 utterances, one standard error there is 0.013.
+How it was set: NadamW (torch.optim.NAdam, decoupled decay 0.01, beta2 0.999, 5 % warm-up, cosine to 0) in one seed. With
+learning rates 0.002, 0.004, 0.008 and 0.016 its lowest word error rates within the step hint were 0.072, 0.054, 0.053 and 0.060
+(test: 0.061, 0.053, 0.035 and 0.047).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fsdd import SYMBOLS, Fsdd, Padded, Subsampling
+
+
+def unpack(frames: Tensor, valid: Tensor) -> Tensor:
+    """(frames, C) laid out as (B, T, C) where valid (B, T), with zeros elsewhere."""
+    x = frames.new_zeros(*valid.shape, frames.shape[-1])
+    x[valid] = frames
+    return x
+
+
+class FeedForward(nn.Module):
+    """down(silu(up(norm(x))))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(F.silu(self.up(self.norm(x)))))
+
+
+class Attention(nn.Module):
+    """out(attention(qkv(norm(x)))) among the valid frames of an example."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in unpack(self.qkv(self.norm(x)), valid).chunk(3, dim=-1)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2).flatten(2)
+        return self.dropout(self.out(y[valid]))
+
+
+class Convolution(nn.Module):
+    """contract(silu(bn(depthwise(glu(expand(norm(x)))))))."""
+
+    def __init__(self, width: int, window: int):
+        super().__init__()
+        self.norm, self.expand, self.contract = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.depthwise = nn.Conv1d(width, width, window, padding="same", groups=width, bias=False)
+        self.bn = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        y = unpack(F.glu(self.expand(self.norm(x)), dim=-1), valid)
+        y = self.depthwise(y.mT).mT[valid]
+        return self.dropout(self.contract(F.silu(self.bn(y))))
+
+
+class ConformerBlock(nn.Module):
+    """Half a feed-forward, attention, convolution, half a feed-forward, each added to its input, and a layer norm."""
+
+    def __init__(self, width: int, heads: int, window: int):
+        super().__init__()
+        self.before, self.after = FeedForward(width), FeedForward(width)
+        self.attention, self.convolution = Attention(width, heads), Convolution(width, window)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = x + self.before(x) / 2
+        x = x + self.attention(x, valid)
+        x = x + self.convolution(x, valid)
+        return self.norm(x + self.after(x) / 2)
+
+
+class Conformer(nn.Module):
+    """Two blocks of width 64 behind a strided convolution, without positions other than the convolutions'; 132k parameters.
+
+    Only attention and convolution lay the frames out as examples with padding. Everything else has the valid frames in one row,
+    (frames, width): it costs less, and batch norm sees no padding.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 2, heads: int = 2, window: int = 7):
+        super().__init__()
+        self.subsampling = Subsampling(width)
+        self.blocks = nn.ModuleList(ConformerBlock(width, heads, window) for _ in range(layers))
+        self.output = nn.Linear(width, len(SYMBOLS))
+
+    def forward(self, inputs: Padded) -> Padded:  # (B, T, 13) and paddings -> (B, L/2, symbols) and paddings
+        x, paddings = self.subsampling(*inputs)
+        valid = paddings == 0
+        x = x[valid]
+        for block in self.blocks:
+            x = block(x, valid)
+        return unpack(self.output(x), valid), paddings
+
+
+class FsddConformer(Fsdd):
+    """Word error rate of spoken digits, CTC loss."""
+
+    validation_target_value = 0.055
+    test_target_value = 0.045
+
+    def build_model(self) -> nn.Module:
+        return Conformer()

@@ -1,0 +1,244 @@
+"""The laptop workloads: data, splits, batches, models, losses and metrics."""
+
+import runner  # noqa: F401  brings algoperf.spec
+
+# isort: split
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from runner import data
+from runner.loop import fold_in, split
+from runner.workloads import WORKLOADS, fsdd, load_workload
+from runner.workloads.base import rows
+from runner.workloads.mnist_unet import structural_similarity, undersampled
+from runner.workloads.pydoc_lm import TEST_TOPICS, VALIDATION_TOPICS, load_topics
+
+
+def test_a_changed_or_missing_data_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("changed")
+    with pytest.raises(data.DataError, match=r"file has sha256 [0-9a-f]{64}; it must have abc; reinstall it"):
+        data.checked(tmp_path / "file", "abc", "reinstall it")
+    with pytest.raises(data.DataError, match="nothing does not exist; reinstall it"):
+        data.checked(tmp_path / "nothing", "abc", "reinstall it")
+    with pytest.raises(data.DataError, match=r"pip install --no-deps no_such_package==1\.2"):
+        data.package_file("no_such_package", "1.2", "file", "abc")
+
+
+@pytest.fixture(scope="module", params=WORKLOADS)
+def workload(request):
+    return load_workload(request.param)
+
+
+def tensors(x):
+    """The tensors of a batch's inputs or targets, of which there are one or two."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def test_splits_are_disjoint_and_the_same_every_time(workload):
+    inputs = {split: tensors(examples["inputs"])[0] for split, examples in workload._splits.items()}
+    found = {split: {tuple(x.flatten().tolist()) for x in examples} for split, examples in inputs.items()}
+    assert not found["train"] & found["validation"]
+    assert not (found["train"] | found["validation"]) & found["test"]
+    assert found["eval_train"] <= found["train"]
+    again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
+    for name, examples in workload._splits.items():
+        for key, x in examples.items():
+            assert all(torch.equal(*pair) for pair in zip(tensors(x), tensors(again._splits[name][key])))
+
+
+def test_pydoc_topics_of_different_splits_share_no_passage():
+    topics = load_topics()
+    names = {"validation": VALIDATION_TOPICS, "test": TEST_TOPICS}
+    names["train"] = tuple(topics.keys() - {*VALIDATION_TOPICS, *TEST_TOPICS})
+    passages = {s: {topics[n][i : i + 60] for n in group for i in range(len(topics[n]) - 59)} for s, group in names.items()}
+    assert not passages["train"] & passages["validation"]
+    assert not (passages["train"] | passages["validation"]) & passages["test"]
+
+
+def test_weights_and_batches_depend_on_the_seed_alone(workload):
+    rngs = split(np.array([0, 1]), 2)
+    weights = [[p.detach().clone() for p in workload.init_model_fn(rng)[0].parameters()] for rng in (rngs[0], rngs[0], rngs[1])]
+    assert all(torch.equal(p, q) for p, q in zip(weights[0], weights[1]))
+    assert any(not torch.equal(p, q) for p, q in zip(weights[0], weights[2]))
+    batches = [next(workload._build_input_queue(rng, "train", "", 8)) for rng in (rngs[0], rngs[0], rngs[1])]
+    batches = [tensors(batch["inputs"])[0] for batch in batches]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_an_epoch_holds_every_example_once_and_the_next_is_shuffled_anew(workload):
+    size = workload.num_train_examples // 4 * 4
+    queue = workload._build_input_queue(fold_in(np.array([0, 1]), 5), "train", "", size // 4)
+    train = [tuple(x.flatten().tolist()) for x in tensors(workload._splits["train"]["inputs"])[0]]
+    epochs = [[tuple(x.flatten().tolist()) for _ in range(4) for x in tensors(next(queue)["inputs"])[0]] for _ in range(2)]
+    assert all(len(epoch) == size and not Counter(epoch) - Counter(train) for epoch in epochs)  # some text repeats itself
+    assert epochs[0] != epochs[1]
+
+
+def test_parameter_types_are_algoperfs(workload):
+    model, _ = workload.init_model_fn([0, 0])
+    kinds = {name: kind.name for name, kind in workload.model_params_types.items()}
+    assert kinds.keys() == dict(model.named_parameters()).keys() == workload.param_shapes.keys()
+    expected = {
+        "FsddConformer": {
+            "subsampling.conv.weight": "CONV_WEIGHT",
+            "blocks.0.before.up.weight": "WEIGHT",
+            "blocks.0.attention.qkv.weight": "ATTENTION_QKV",
+            "blocks.1.attention.out.bias": "ATTENTION_BIAS",
+            "blocks.0.convolution.depthwise.weight": "CONV_WEIGHT",
+            "blocks.1.convolution.bn.weight": "BATCH_NORM_SCALE",
+            "blocks.1.norm.bias": "LAYER_NORM_BIAS",
+        },
+        "FsddLSTM": {
+            "subsampling.conv.bias": "BIAS",
+            "layers.0.forwards.weight_ih_l0": "WEIGHT",
+            "layers.0.backwards.weight_hh_l0": "WEIGHT",
+            "layers.1.forwards.bias_ih_l0": "BIAS",
+            "layers.1.bn.bias": "BATCH_NORM_BIAS",
+        },
+        "MnistResNet": {
+            "conv.weight": "CONV_WEIGHT",
+            "bn.weight": "BATCH_NORM_SCALE",
+            "blocks.2.skip.1.bias": "BATCH_NORM_BIAS",
+            "output.weight": "WEIGHT",
+            "output.bias": "BIAS",
+        },
+        "MnistViT": {
+            "patches.weight": "CONV_WEIGHT",
+            "positions.weight": "EMBEDDING",
+            "layers.3.qkv.weight": "ATTENTION_QKV",
+            "layers.0.norm2.bias": "LAYER_NORM_BIAS",
+        },
+        "MnistUNet": {"down1.0.weight": "CONV_WEIGHT", "up2.weight": "CONV_WEIGHT", "up2.bias": "BIAS"},
+        "PydocLM": {
+            "characters.weight": "EMBEDDING",
+            "layers.0.qkv.weight": "ATTENTION_QKV",
+            "layers.0.qkv.bias": "ATTENTION_BIAS",
+            "layers.1.out.weight": "ATTENTION_OUT",
+            "layers.1.norm1.weight": "LAYER_NORM_SCALE",
+            "norm.bias": "LAYER_NORM_BIAS",
+            "layers.0.up.weight": "WEIGHT",
+            "output.bias": "BIAS",
+        },
+    }[type(workload).__name__]
+    assert {name: kinds[name] for name in expected} == expected
+    assert [name for name in kinds if workload.is_output_params(name)] == ["output.weight", "output.bias"]
+
+
+def test_a_mask_leaves_examples_out(workload):
+    model, _ = workload.init_model_fn([0, 0])
+    batch = next(workload._build_input_queue([0, 0], "validation", "", 6))
+    logits = model.eval()(batch["inputs"])
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    masked = workload.loss_fn(batch["targets"], logits, mask)
+    kept = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
+    kept = workload.loss_fn(kept["targets"], kept["logits"])
+    assert masked["n_valid_examples"] == kept["n_valid_examples"] == 4
+    torch.testing.assert_close(masked["summed"], kept["summed"])
+    assert (masked["per_example"][mask == 0] == 0).all()
+
+
+def test_structural_similarity_by_its_definition():
+    """Of one window, from means, variances and covariance over 49 values, with the usual constants."""
+    X, Y = torch.rand(2, 1, 7, 7), torch.rand(2, 1, 7, 7)
+    for x, y, similarity in zip(X.flatten(1).double(), Y.flatten(1).double(), structural_similarity(X, Y)):
+        covariance = ((x - x.mean()) * (y - y.mean())).sum() / 48
+        luminance = (2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4)
+        assert similarity.item() == pytest.approx(
+            (luminance * (2 * covariance + 9e-4) / (x.var() + y.var() + 9e-4)).item(), abs=1e-4
+        )
+
+
+def test_undersampling_loses_what_it_should():
+    images = load_workload("mnist_unet")._splits["validation"]["targets"][:50]
+    restored = structural_similarity(undersampled(images, seed=0), images).mean()
+    assert 0.3 < restored < 0.5  # measured before on this data: 0.373
+    assert not torch.equal(undersampled(images, seed=0), undersampled(images, seed=1))
+
+
+@pytest.fixture(scope="module", params=["fsdd_conformer", "fsdd_lstm"])
+def speech(request):
+    return load_workload(request.param)
+
+
+def test_fsdd_splits_share_no_utterance(speech):
+    """Not even a frame; each has its 240 or 30 utterances of every digit four times."""
+    frames = {}
+    for name, examples in speech._splits.items():
+        values, paddings = examples["inputs"]
+        frames[name] = {tuple(frame) for frame in values[paddings == 0].tolist()}
+        words = [word for symbols in fsdd.sequences(*examples["targets"]) for word in fsdd.read(symbols)]
+        count = {"train": 960, "validation": 120, "test": 120}
+        assert name == "eval_train" or all(words.count(word) == count[name] for word in fsdd.WORDS)
+    assert not frames["train"] & frames["validation"]
+    assert not (frames["train"] | frames["validation"]) & frames["test"]
+    everything = torch.cat(fsdd.load_utterances()[0])
+    assert len(frames["train"] | frames["validation"] | frames["test"]) == len(everything.unique(dim=0))
+
+
+def test_fsdd_features_are_normalised_by_train(speech):
+    values, paddings = speech._splits["train"]["inputs"]
+    std, mean = torch.std_mean(values[paddings == 0], dim=0)
+    torch.testing.assert_close(mean, torch.zeros(13), atol=1e-4, rtol=0)
+    torch.testing.assert_close(std, torch.ones(13), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "reference", "errors"),
+    [
+        ("one two", "one two", 0),
+        ("", "one two", 2),
+        ("one two", "", 2),
+        ("one three", "one two", 1),
+        ("two", "one two three", 2),
+        ("nine one two", "one two three", 2),
+        ("onetwo", "one two", 2),
+    ],
+)
+def test_edit_distance(decoded, reference, errors):
+    assert fsdd.edit_distance(decoded.split(), reference.split()) == errors
+
+
+def sentence_logits(*sentences):
+    """Logits whose likeliest symbols are the characters of the sentences, with paddings; and the same as symbols."""
+    symbols, paddings = fsdd.padded([torch.tensor([fsdd.SYMBOLS.index(c) for c in sentence]) for sentence in sentences])
+    symbols = symbols + (paddings * fsdd.SYMBOLS.index("x")).long()  # what is padding must not be read
+    return (torch.nn.functional.one_hot(symbols, len(fsdd.SYMBOLS)).float(), paddings), (symbols, paddings)
+
+
+def test_wer_is_total_errors_over_total_words(speech):
+    logits, _ = sentence_logits("__oonne__ _ttwwo_", "thre_e", "threee ssix")  # "one two", "three", "thre six"
+    _, targets = sentence_logits("one two", "three", "three four six")
+    assert fsdd.greedy_words(*logits) == [["one", "two"], ["three"], ["thre", "six"]]
+    sums = {name: value.item() for name, value in speech.metric_sums(logits, targets).items()}
+    assert (sums["errors"], sums["words"]) == (2, 6)
+    assert speech.metrics(sums, 3) == {"wer": 2 / 6, "loss": sums["loss"] / 3}
+
+
+def test_padding_changes_neither_logits_nor_loss(speech):
+    """Nor does what it holds, nor the other examples of a batch."""
+    model, _ = speech.init_model_fn([0, 0])
+    batch = rows(speech._splits["train"], slice(8))
+    (features, paddings), (labels, label_paddings) = batch["inputs"], batch["targets"]
+    with torch.no_grad():
+        for _ in range(3):
+            model((features, paddings))  # batch norm gets statistics
+        logits = model.eval()((features, paddings))
+        losses = speech.loss_fn(batch["targets"], logits)["per_example"]
+        assert (losses > 0).all()
+        noisy = features + torch.randn_like(features) * paddings[..., None]
+        whole = model((noisy, paddings))
+        torch.testing.assert_close(whole[0][whole[1] == 0], logits[0][logits[1] == 0])
+        longer = torch.nn.functional.pad(labels, (0, 5), value=3), torch.nn.functional.pad(label_paddings, (0, 5), value=1.0)
+        torch.testing.assert_close(speech.loss_fn(longer, whole)["per_example"], losses)
+        for i, length in enumerate(fsdd.lengths(paddings).tolist()):
+            alone = model((features[i : i + 1, :length], paddings[i : i + 1, :length]))
+            assert alone[1].sum() == 0
+            size = alone[0].shape[1]
+            assert size == (length + 1) // 2 == fsdd.lengths(logits[1])[i]
+            torch.testing.assert_close(alone[0][0], logits[0][i, :size], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(speech.loss_fn(rows(batch, slice(i, i + 1))["targets"], alone)["summed"], losses[i])
