@@ -1,8 +1,8 @@
 """mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space's columns.
 
 Target, provisional: validation structural similarity above 0.74 (test: 0.74). NadamW (torch.optim.NAdam, decoupled decay 0.01,
-5 % warm-up, cosine to 0) had a best value within the step hint of 0.718 at lr 0.002 and 0.750 at 0.008 (test: 0.721, 0.751), one
-seed each. The zero-filled images have 0.373.
+5 % warm-up, cosine to 0) had a best value within the step hint of 0.718 at lr 0.002 and 0.750 at 0.008 (test: 0.721, 0.751),
+one seed each. The zero-filled images have 0.373.
 """
 
 import numpy as np
