@@ -25,21 +25,27 @@ SOLVERS: dict[str, Callable[[Tensor, float, float], Tensor]] = {"eigh": eigh}
 
 
 def inverse_root(A: Tensor, p: float, eps: float, solver: str, previous: Tensor) -> Tensor:
-    """(A + eps I)^(-p) of each matrix of A: (B, d, d), by SOLVERS[solver].
+    """(A + eps I)^(-p) of each matrix of A: (B, d, d), finite, by SOLVERS[solver].
 
     A matrix on which the solver fails is tried alone, then in float64; if that fails too it keeps its `previous` root.
     """
-    solve = SOLVERS[solver]
     try:
-        return solve(A, p, eps)
+        return _finite_root(A, p, eps, solver)
     except torch.linalg.LinAlgError:
-        return torch.cat([_rescue(A[b : b + 1], p, eps, solve, previous[b : b + 1]) for b in range(len(A))])
+        return torch.cat([_rescue(A[b : b + 1], p, eps, solver, previous[b : b + 1]) for b in range(len(A))])
 
 
-def _rescue(A: Tensor, p: float, eps: float, solve: Callable[[Tensor, float, float], Tensor], previous: Tensor) -> Tensor:
+def _finite_root(A: Tensor, p: float, eps: float, solver: str) -> Tensor:
+    X = SOLVERS[solver](A, p, eps)
+    if not torch.isfinite(X).all():  # seen: float32 eigh on a CPU gives NaN, and no error, for some rank-deficient matrices
+        raise torch.linalg.LinAlgError(f"{solver} gave a root with NaN or Inf")
+    return X
+
+
+def _rescue(A: Tensor, p: float, eps: float, solver: str, previous: Tensor) -> Tensor:
     for dtype in (A.dtype, torch.float64):
         try:
-            return solve(A.to(dtype), p, eps).to(A.dtype)
+            return _finite_root(A.to(dtype), p, eps, solver).to(A.dtype)
         except torch.linalg.LinAlgError:
             continue
     return previous
