@@ -5,7 +5,12 @@ import importlib
 
 from .base import LaptopWorkload
 
-WORKLOADS = {"mnist_resnet": "MnistResNet", "pydoc_lm": "PydocLM"}  # module -> class
+WORKLOADS = {  # module -> class
+    "mnist_resnet": "MnistResNet",
+    "pydoc_lm": "PydocLM",
+    "airports_dlrm": "AirportsDLRM",
+    "solubility_gnn": "SolubilityGNN",
+}
 
 
 def workload_class(name: str) -> type[LaptopWorkload]:

@@ -46,7 +46,11 @@ class LaptopWorkload(spec.Workload):
 
     @abc.abstractmethod
     def metric_sums(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The sum over examples of each metric; metrics are these sums over the number of examples."""
+        """The sum over examples of each quantity whose mean over a split `metrics` is given."""
+
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """The metrics of a split, from the means of `metric_sums`: the means themselves, where a subclass makes no others."""
+        return means
 
     @property
     def num_train_examples(self) -> int:
@@ -164,7 +168,7 @@ class LaptopWorkload(spec.Workload):
             logits, _ = self.model_fn(params, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
             for name, value in self.metric_sums(logits, batch["targets"]).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: value / num_examples for name, value in sums.items()}
+        return self.metrics({name: value / num_examples for name, value in sums.items()})
 
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
