@@ -6,6 +6,7 @@ import runner  # noqa: F401  brings algoperf.spec
 
 from collections import Counter
 
+import networkx
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch
 from runner import data
 from runner.loop import fold_in, split
 from runner.workloads import WORKLOADS, fsdd, load_workload
+from runner.workloads.airports_dlrm import load_airports
 from runner.workloads.base import rows
 from runner.workloads.mnist_unet import structural_similarity, undersampled
 from runner.workloads.pydoc_lm import TEST_TOPICS, VALIDATION_TOPICS, load_topics
+from runner.workloads.solubility_gnn import MAX_ATOMS, load_molecules, parse_sdf
 
 
 def test_a_changed_or_missing_data_file_is_named(tmp_path):
@@ -41,7 +44,8 @@ def tensors(x):
 def test_splits_are_disjoint_and_the_same_every_time(workload):
     inputs = {split: tensors(examples["inputs"])[0] for split, examples in workload._splits.items()}
     found = {split: {tuple(x.flatten().tolist()) for x in examples} for split, examples in inputs.items()}
-    assert not found["train"] & found["validation"]
+    same_place = 1 if type(workload).__name__ == "AirportsDLRM" else 0  # two airports; by identity they are told apart below
+    assert len(found["train"] & found["validation"]) == same_place
     assert not (found["train"] | found["validation"]) & found["test"]
     assert found["eval_train"] <= found["train"]
     again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
@@ -57,6 +61,84 @@ def test_pydoc_topics_of_different_splits_share_no_passage():
     passages = {s: {topics[n][i : i + 60] for n in group for i in range(len(topics[n]) - 59)} for s, group in names.items()}
     assert not passages["train"] & passages["validation"]
     assert not (passages["train"] | passages["validation"]) & passages["test"]
+
+
+def test_no_airport_is_in_two_splits_and_what_train_lacks_has_code_0():
+    tables = load_airports()
+    codes = {split: set(table.index) for split, table in tables.items()}
+    assert [len(names) for names in codes.values()] == [22000, 3000, 3298]
+    assert len(set.union(*codes.values())) == 28298
+    inputs = load_workload("airports_dlrm")._splits["test"]["inputs"]
+    unseen = ~tables["test"]["subd"].isin(tables["train"]["subd"]).to_numpy()
+    assert unseen.any()
+    assert (inputs[unseen, 1] == 0).all()
+
+
+def test_no_molecule_is_in_two_splits():
+    """By labels that isomorphic graphs share, so that molecules of different labels differ."""
+
+    def label(molecule):
+        atoms = int((molecule.diagonal() > 0).sum())
+        graph = networkx.from_numpy_array(molecule[:atoms, :atoms].numpy())
+        networkx.set_node_attributes(graph, dict(enumerate(molecule.diagonal().tolist())), "element")
+        return networkx.weisfeiler_lehman_graph_hash(graph, edge_attr="weight", node_attr="element", iterations=6)
+
+    labels = {split: {label(molecule) for molecule in examples["inputs"]} for split, examples in load_molecules().items()}
+    assert not labels["train"] & labels["validation"]
+    assert not (labels["train"] | labels["validation"]) & labels["test"]
+
+
+SDF = """acetonitrile and a chlorine
+     by hand
+
+  4  2  0  0  0  0            999 V2000
+    0.0000    0.0000    0.0000 C   0  0
+    1.5000    0.0000    0.0000 C   0  0
+    2.6000    0.0000    0.0000 N   0  0
+    9.0000    0.0000    0.0000 Cl  0  0
+  1  2  1  0
+  2  3  3  0
+M  END
+> <SOL>
+-0.25
+
+$$$$
+"""
+
+
+def test_an_sdf_file_is_read():
+    molecules, solubility = parse_sdf(SDF + SDF.replace("-0.25", "1.5"))
+    assert molecules.shape == (2, MAX_ATOMS, MAX_ATOMS)
+    assert molecules[0, :4, :4].tolist() == [[1, 1, 0, 0], [1, 1, 3, 0], [0, 3, 3, 0], [0, 0, 0, 4]]
+    assert molecules[0].sum() == 1 + 1 + 3 + 4 + 2 * (1 + 3)
+    assert torch.equal(molecules[0], molecules[1])
+    assert solubility.tolist() == [-0.25, 1.5]
+
+
+def test_neither_padding_nor_the_order_of_atoms_changes_a_prediction():
+    workload = load_workload("solubility_gnn")
+    model, _ = workload.init_model_fn([0, 0])
+    molecules = workload._splits["test"]["inputs"]
+    sizes = (molecules.diagonal(dim1=1, dim2=2) > 0).sum(1)
+    small, large = molecules[sizes.argmin()], molecules[sizes.argmax()]
+    atoms = int(sizes.min())
+    alone, padded, reordered = (
+        model(x) for x in (small[None, :atoms, :atoms], torch.stack([small, large]), small.flip(0, 1)[None, -atoms:, -atoms:])
+    )
+    torch.testing.assert_close(padded[:1], alone)
+    torch.testing.assert_close(reordered, alone)
+
+
+def test_rmse_is_in_the_units_of_log_solubility():
+    workload = load_workload("solubility_gnn")
+    model, _ = workload.init_model_fn([0, 0])
+    found = workload._eval_model_on_split("test", 257, 100, model, None, None, "")
+    test, train = (load_molecules()[split] for split in ("test", "train"))
+    deviation, mean = torch.std_mean(train["targets"])
+    with torch.no_grad():
+        errors = model(test["inputs"]) * deviation + mean - test["targets"]
+    assert found["rmse"] == pytest.approx(errors.square().mean().sqrt().item(), rel=1e-5)
+    assert found["loss"] == pytest.approx((errors / deviation).square().mean().item(), rel=1e-5)
 
 
 def test_weights_and_batches_depend_on_the_seed_alone(workload):
@@ -123,6 +205,20 @@ def test_parameter_types_are_algoperfs(workload):
             "norm.bias": "LAYER_NORM_BIAS",
             "layers.0.up.weight": "WEIGHT",
             "output.bias": "BIAS",
+        },
+        "AirportsDLRM": {
+            "embeddings.2.weight": "EMBEDDING",
+            "bottom.0.weight": "WEIGHT",
+            "top.2.bias": "BIAS",
+            "output.weight": "WEIGHT",
+        },
+        "SolubilityGNN": {
+            "elements.weight": "EMBEDDING",
+            "layers.3.linear.weight": "WEIGHT",
+            "layers.3.linear.bias": "BIAS",
+            "layers.0.norm.weight": "LAYER_NORM_SCALE",
+            "layers.0.norm.bias": "LAYER_NORM_BIAS",
+            "hidden.weight": "WEIGHT",
         },
     }[type(workload).__name__]
     assert {name: kinds[name] for name in expected} == expected

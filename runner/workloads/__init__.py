@@ -6,12 +6,14 @@ import importlib
 from .base import LaptopWorkload
 
 WORKLOADS = {  # module -> class
+    "airports_dlrm": "AirportsDLRM",
     "fsdd_conformer": "FsddConformer",
     "fsdd_lstm": "FsddLSTM",
     "mnist_resnet": "MnistResNet",
     "mnist_unet": "MnistUNet",
     "mnist_vit": "MnistViT",
     "pydoc_lm": "PydocLM",
+    "solubility_gnn": "SolubilityGNN",
 }
 
 
