@@ -118,6 +118,7 @@ def test_a_resumed_trial_equals_an_uninterrupted_one(tmp_path, name):
         workload = load_workload(name)
         for split in ("eval_train", "validation", "test"):  # evaluation is not what is tested here
             workload._splits[split] = rows(workload._splits[split], slice(40))
+        workload.validation_target_value = np.inf if workload.higher_is_better else -np.inf
         loop.run_trial(workload, submission, point, 3, folder, settings, lambda *_: None)
         return torch.load(folder / f"checkpoint_{step}", weights_only=True)
 
