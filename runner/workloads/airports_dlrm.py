@@ -66,8 +66,6 @@ class AirportsDLRM(LaptopWorkload):
     test_target_value = 0.455
     default_batch_size = 256
     step_hint = 800
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
         """As criteo1tb, {"inputs": (N, 6) codes and standardised numbers in one float tensor, "targets": (N,) 0 or 1}."""

@@ -122,8 +122,6 @@ class Fsdd(LaptopWorkload):
     higher_is_better = False
     default_batch_size = 16
     step_hint = 600
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
         return load_fsdd()

@@ -50,8 +50,6 @@ class MnistResNet(MnistClassifier):
     validation_target_value = 0.975
     test_target_value = 0.972
     step_hint = 600
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def build_model(self) -> nn.Module:
         return ResNet8()

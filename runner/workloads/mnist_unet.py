@@ -85,8 +85,6 @@ class MnistUNet(LaptopWorkload):
     default_batch_size = 16
     eval_batch_size = 250
     step_hint = 400
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
         splits = {}

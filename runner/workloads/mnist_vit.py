@@ -36,8 +36,6 @@ class MnistViT(MnistClassifier):
     validation_target_value = 0.945
     test_target_value = 0.945
     step_hint = 800
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def build_model(self) -> nn.Module:
         return VisionTransformer()

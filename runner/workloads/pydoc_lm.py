@@ -63,8 +63,6 @@ class PydocLM(LaptopWorkload):
     test_target_value = 1.74
     default_batch_size = 16
     step_hint = 600
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
         topics = load_topics()

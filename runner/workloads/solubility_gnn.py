@@ -103,8 +103,6 @@ class SolubilityGNN(LaptopWorkload):
     test_target_value = 0.69
     default_batch_size = 32
     step_hint = 800
-    max_allowed_runtime_sec = 40
-    eval_period_time_sec = 2
 
     def load_splits(self) -> dict[str, Split]:
         splits = load_molecules()
