@@ -1,21 +1,72 @@
 """The baseline submissions: AlgoPerf's functions, five points that differ in the learning rate alone, and training."""
 
+import runner  # noqa: F401  brings algoperf.spec
+
+# isort: split
+
 import collections
-import copy
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from algoperf import spec
+from schedulefree import AdamWScheduleFree
 from test_submission import FakeWorkload
+from torch import nn
+
+from runner.workloads import load_workload
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "runner" / "baselines").glob("*/submission.py"))
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 
 
-@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+class TypedWorkload(FakeWorkload):
+    """With the two things that tell Muon's parameters from AdamW's."""
+
+    @property
+    def model_params_types(self):
+        return {name: spec.ParameterType.WEIGHT for name, _ in self.model.named_parameters()}
+
+    def is_output_params(self, name):
+        return name.startswith("3.")
+
+
+def load(name):
+    """A baseline's module, and its points."""
+    points = json.loads((FOLDERS[0].parent / name / "tuning_search_space.json").read_text())
+    return importlib.import_module(f"runner.baselines.{name}.submission"), points
+
+
+def as_point(values, **changes):
+    return collections.namedtuple("Hyperparameters", values)(**{**values, **changes})
+
+
+def arguments(workload, point, state, t):
+    """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
+    return {
+        "workload": workload,
+        "current_param_container": workload.model,
+        "current_params_types": {},
+        "model_state": None,
+        "hyperparameters": point,
+        "loss_type": workload.loss_type,
+        "optimizer_state": state,
+        "eval_results": [],
+        "global_step": t,
+        "rng": [0, 0],
+    }
+
+
+def weights(workload):
+    return [p.detach() for p in workload.model.parameters()]
+
+
+@pytest.fixture(params=[pytest.param(x.name, marks=needs_muon if x.name == "muon" else ()) for x in FOLDERS])
 def baseline(request):
-    points = json.loads((request.param / "tuning_search_space.json").read_text())
-    return importlib.import_module(f"runner.baselines.{request.param.name}.submission"), points
+    return load(request.param)
 
 
 def test_the_points_are_a_ladder_of_learning_rates(baseline):
@@ -26,34 +77,90 @@ def test_the_points_are_a_ladder_of_learning_rates(baseline):
     assert len({json.dumps({**point, "learning_rate": 0}) for point in points}) == 1
 
 
-def test_it_trains_and_resumes(baseline):
+def test_it_trains_and_resumes(baseline, tmp_path):
+    """The checkpoint is written after an evaluation, as AlgoPerf does."""
     module, points = baseline
-    point = collections.namedtuple("Hyperparameters", points[0])(**{**points[0], "learning_rate": 0.02})
+    point = as_point(points[0], learning_rate=0.02)
 
     def train(workload, state, steps):
         for t in steps:
-            module.update_params(
-                workload=workload,
-                current_param_container=workload.model,
-                current_params_types={},
-                model_state=None,
-                hyperparameters=point,
-                batch=workload.batch(),
-                loss_type=workload.loss_type,
-                optimizer_state=state,
-                eval_results=[],
-                global_step=t,
-                rng=[0, 0],
-            )
+            module.update_params(**arguments(workload, point, state, t), batch=workload.batch())
+        module.prepare_for_eval(**arguments(workload, point, state, steps[-1]))
         logits = workload.model.eval()(workload.batch()["inputs"])
         return workload.loss_fn(workload.batch()["targets"], logits, workload.batch()["weights"])["summed"].item()
 
-    workload, other = FakeWorkload(), FakeWorkload()
+    workload, other = TypedWorkload(), TypedWorkload()
     state, other_state = (module.init_optimizer_state(w, w.model, None, point, [0, 0]) for w in (workload, other))
     early = train(workload, state, range(5))
-    other.model.load_state_dict(workload.model.state_dict())
-    for key, value in state.items():
-        other_state[key].load_state_dict(copy.deepcopy(value.state_dict()))
+    saved = {"model": workload.model.state_dict(), **{key: value.state_dict() for key, value in state.items()}}
+    torch.save(saved, tmp_path / "checkpoint")
+    loaded = torch.load(tmp_path / "checkpoint", weights_only=True)
+    other.model.load_state_dict(loaded.pop("model"))
+    for key, value in loaded.items():
+        other_state[key].load_state_dict(value)
     late = train(workload, state, range(5, 40))
     assert late < 0.8 * early
     assert train(other, other_state, range(5, 40)) == late
+    assert all(torch.equal(p, q) for p, q in zip(weights(workload), weights(other)))
+
+
+def test_schedule_free_evaluates_the_average_and_trains_as_if_it_had_not():
+    """Against the package's loop without evaluations. At a constant learning rate the average is the plain mean of z."""
+    module, points = load("schedule_free_adamw")
+    point = as_point(points[-1], warmup_factor=0.0)
+    workload, plain = FakeWorkload(), FakeWorkload()
+    for w in (workload, plain):
+        del w.model[1]  # the gradient of a bias before batch norm is rounding alone, which Adam makes large
+    state = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])
+    options = {"lr": point.learning_rate, "betas": (point.beta1, point.beta2), "weight_decay": point.weight_decay}
+    optimizer = AdamWScheduleFree(plain.model.parameters(), **options)
+    optimizer.train()
+    iterates = []
+    for t in range(10):
+        module.update_params(**arguments(workload, point, state, t), batch=workload.batch(t))
+        batch = plain.batch(t)
+        losses = plain.loss_fn(batch["targets"], plain.model(batch["inputs"]), batch["weights"])
+        optimizer.zero_grad()
+        (losses["summed"] / losses["n_valid_examples"]).backward()
+        optimizer.step()
+        iterates.append([optimizer.state[p]["z"].clone() for p in plain.model.parameters()])
+        torch.testing.assert_close(weights(workload), weights(plain))
+        module.prepare_for_eval(**arguments(workload, point, state, t))
+        means = [torch.stack(z).mean(dim=0) for z in zip(*iterates)]
+        torch.testing.assert_close(weights(workload), means)
+    assert not torch.allclose(means[0], weights(plain)[0])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_muon_has_the_hidden_matrices(wrapped):
+    module, _ = load("muon")
+    workload = load_workload("mnist_vit")
+    model, _ = workload.init_model_fn([0, 0])
+    names = {p: name for name, p in model.named_parameters()}
+    hidden, others = module.split(workload, nn.ModuleDict({"module": model}) if wrapped else model)
+    expected = {name for name in names.values() if re.fullmatch(r"layers\.\d+\.(qkv|out|up|down)\.weight", name)}
+    assert {names[p] for p in hidden} == expected
+    assert {names[p] for p in others} == set(names.values()) - expected
+    assert {"patches.weight", "positions.weight", "norm.weight", "output.weight"} <= {names[p] for p in others}
+
+
+@needs_muon
+def test_muon_without_a_hidden_matrix_is_adamw():
+    point = as_point(load("muon")[1][0], warmup_factor=0.0)
+    ends = []
+    for name in ("muon", "adamw"):
+        module, _ = load(name)
+        workload = TypedWorkload()
+        workload.model = nn.Sequential(collections.OrderedDict({"3": nn.Linear(6, 5)}))
+        state = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])
+        for t in range(3):
+            module.update_params(**arguments(workload, point, state, t), batch=workload.batch(t))
+        ends.append(weights(workload)[0])
+    assert torch.equal(*ends)
+
+
+def test_muon_names_the_torch_it_needs(monkeypatch):
+    module, points = load("muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match=r"torch is .*; for torch\.optim\.Muon it must be 2\.9 or newer"):
+        module.init_optimizer_state(None, None, None, as_point(points[0]), [0, 0])

@@ -1,7 +1,7 @@
 """Submissions to compare with. All but the optimizer is our submission's: batches, loss, clipping, logging.
 
 Each folder holds a submission and its search space of five points: a ladder of learning rates around its method's published
-default, everything else at its published value.
+default, everything else at its published value. A method with its own way to evaluate or to step wraps the functions here.
 """
 
 from typing import Any

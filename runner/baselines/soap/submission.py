@@ -1,0 +1,20 @@
+"""SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's factors. The values are those of the authors' code.
+
+A vector has no factors, and its step is Adam's. The first step only sets the bases up; the weights stay as they are.
+"""
+
+from typing import Any
+
+from pytorch_optimizer import SOAP
+
+from runner.baselines import data_selection, get_batch_size, prepare_for_eval, update_params, with_schedule
+
+__all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
+
+
+def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
+    """The optimizer and its schedule."""
+    h = hyperparameters
+    options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
+    optimizer = SOAP(model_params.parameters(), **options, precondition_frequency=h.precondition_frequency)
+    return with_schedule(optimizer, workload, hyperparameters)
