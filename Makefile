@@ -1,13 +1,17 @@
-# make run: train mnist_resnet with the five points.  make test: the whole suite.  TORCH=2.5.1 picks a torch, in its own environment.
+# make run: train mnist_resnet with five points.  make test: all tests.  TORCH=2.5.1 picks a torch, in its own environment.
+# make suite: all submissions on all workloads, two hours on 2 cores; it goes on where it stopped.  QUICK=1: ten minutes.
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run suite test lint clean
 run: $(VENV)/installed
 	$(BIN)/python -m runner --workload=mnist_resnet --submission_path=submission.py \
-	  --tuning_search_space=tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 \
+	  --tuning_search_space=runner/tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 \
 	  --experiment_dir=experiments_out --experiment_name=first_run --overwrite
+
+suite: $(VENV)/installed
+	$(BIN)/python -m runner.suite $(if $(QUICK),--quick --experiment_dir=suite_out/quick,--experiment_dir=suite_out/full)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -151,12 +151,17 @@ def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[
             raise ValueError(f"{FLAGS.tuning_search_space}, point {i}: {error}") from error
 
 
-def check_resumable(folder: Path) -> None:
+def check_resumable(trials: list[Path]) -> None:
     """Raise ValueError if a trial has another seed, or was evaluated but has no checkpoint: two runs would mix in one file."""
-    for trial in folder.glob("trial_*"):
+    for trial in trials:
         trial_seed(trial)
         if (trial / "eval_measurements.csv").exists() and not any(trial.glob("checkpoint_*")):
             raise ValueError(f"{trial} has no checkpoint to continue from; give --overwrite to start anew, or another name")
+
+
+def chosen(points: list[Any]) -> list[tuple[int, Any]]:
+    """The points that the flags choose, with their numbers from 1."""
+    return list(islice(enumerate(points, start=1), FLAGS.hparam_start_index, FLAGS.hparam_end_index))
 
 
 def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> None:
@@ -170,7 +175,7 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
         torch_compile=FLAGS.torch_compile,
         flags=FLAGS.flag_values_dict(),
     )
-    for i, point in islice(enumerate(points, start=1), FLAGS.hparam_start_index, FLAGS.hparam_end_index):
+    for i, point in chosen(points):
         trial = folder / f"trial_{i}"
         trial.mkdir(exist_ok=True)
         if (saved := trial / "hparams.json").exists():
@@ -217,13 +222,13 @@ def main(_: list[str]) -> None:
         workload = load_workload(FLAGS.workload)
         submission = load_submission(FLAGS.submission_path)
         points = read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
-        if (FLAGS.hparam_start_index or 0) >= min(len(points), FLAGS.hparam_end_index or len(points)):
+        if not chosen(points):
             raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
         check_points(workload, submission, points)
         folder = experiment_folder(
             FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
         )
-        check_resumable(folder)
+        check_resumable([folder / f"trial_{i}" for i, _ in chosen(points)])
     except (ValueError, FileExistsError, DataError) as error:
         sys.exit(f"error: {error}")
     run_trials(workload, submission, points, folder)

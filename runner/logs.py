@@ -1,5 +1,6 @@
 """The files of a run, laid out and named as AlgoPerf's: `EXPERIMENT_DIR/EXPERIMENT_NAME/WORKLOAD_pytorch/trial_N/`."""
 
+import datetime
 import json
 import os
 import platform
@@ -34,8 +35,10 @@ def experiment_folder(experiment_dir: str, name: str, workload: str, resume: boo
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object; what JSON does not know is written as text."""
-    path.write_text(json.dumps(dict(content), indent=2, default=str))
+    """Write an object, whole or not at all; what JSON does not know is written as text."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dict(content), indent=2, default=str))
+    partial.replace(path)
 
 
 def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
@@ -47,10 +50,20 @@ def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
         "os_platform": platform.platform(),
         "python_version": platform.python_version(),
         "torch_version": torch.__version__,
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
         "gpu_count": torch.cuda.device_count(),
         "rng_seed": rng_seed,
+        "date": datetime.date.today().isoformat(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux tells it; else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 class MetricLogger:

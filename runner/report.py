@@ -1,7 +1,8 @@
-"""What a run came to: a table of its trials and a picture of their validation metric."""
+"""What a run came to: a table of its trials and a picture of their validation metric; what a suite came to: a page."""
 
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
+from .score import MEASURES, Comparison, compare, median_times, miss_limits, read_studies, read_targets, write
+from .workloads import workload_class
 from .workloads.base import LaptopWorkload
 
+Workload = LaptopWorkload | type[LaptopWorkload]  # targets are attributes of the class
 Trials = dict[int, tuple[dict[str, Any], pd.DataFrame]]  # number -> hyperparameters, evaluations
 
 
@@ -27,10 +33,11 @@ def read_trials(folder: Path) -> Trials:
     return trials
 
 
-def to_target(workload: LaptopWorkload, evaluations: pd.DataFrame) -> pd.Series | None:
+def to_target(workload: Workload, evaluations: pd.DataFrame) -> pd.Series | None:
     """The first evaluation that reached the validation target, or None."""
-    reached = [workload.has_reached_validation_target(row.to_dict()) for _, row in evaluations.iterrows()]
-    return evaluations.iloc[reached.index(True)] if True in reached else None
+    metric, target = evaluations[f"validation/{workload.target_metric_name}"], workload.validation_target_value
+    reached = metric > target if workload.higher_is_better else metric < target
+    return evaluations.loc[reached.idxmax()] if reached.any() else None
 
 
 def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
@@ -59,22 +66,166 @@ def brief(value: Any) -> str:
 
 
 def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path) -> None:
-    """Draw the validation metric of each trial over its submission time, with the target, as a PNG.
+    """Draw the validation metric of each trial over its submission time, with the target, as a PNG."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    draw_curves(axes, workload, {f"trial {number}": evaluations for number, (_, evaluations) in trials.items()}, "score")
+    axes.set(xlabel="submission time in seconds", title=name)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame], x: str) -> None:
+    """Draw the validation metric of each table of evaluations over its column x, and the target.
 
     The axis shows the target and the better nine tenths of all values; first evaluations and diverging trials may leave it.
     """
     metric, target = f"validation/{workload.target_metric_name}", workload.validation_target_value
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, (_, evaluations) in trials.items():
-        axes.plot(evaluations["score"], evaluations[metric], marker="o", markersize=3, label=f"trial {number}")
+    for label, evaluations in curves.items():
+        axes.plot(evaluations[x], evaluations[metric], marker="o", markersize=3, label=label)
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
-    values = pd.concat([pd.Series([target]), *(evaluations[metric] for _, evaluations in trials.values())])
+    values = pd.concat([pd.Series([target]), *(evaluations[metric] for evaluations in curves.values())])
     low, high = values.replace([math.inf, -math.inf], math.nan).quantile(
         [0.1, 1.0] if workload.higher_is_better else [0.0, 0.9]
     )
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    axes.set(xlabel="submission time in seconds", ylabel=metric, title=name)
-    axes.legend()
+    axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+
+
+# The page of a suite.
+
+
+def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
+    """Write README.md, tables and pictures of the suite in root into the folder; the table of scores, as text.
+
+    Speed-ups are over the reference, or the first submission where that one is missing.
+    """
+    targets = read_targets(None)
+    comparisons: dict[str, Comparison] = {}
+    for by in MEASURES:
+        studies, problems = read_studies(root, targets, by, "best")
+        times = median_times(studies)
+        limits = miss_limits(targets, studies.groupby("workload")["end"].max(), by)
+        comparisons[by] = compare(times, limits, reference if reference in times.index else times.index[0])
+        write(comparisons[by], by, folder / by)
+    trials = read_suite(root)
+    plot_suite(trials, folder / "curves.png")
+    scores = pd.concat({f"by {by}": comparison.scores for by, comparison in comparisons.items()}, axis=1)
+    scores.columns = [f"{name} {by}" for by, name in scores.columns]
+    scores.insert(
+        0, "targets reached", comparisons["steps"].times.apply(lambda row: f"{row.lt(math.inf).sum()} of {len(row)}", axis=1)
+    )
+    scores = scores.sort_values("score by steps", ascending=False).round(3)
+    (folder / "README.md").write_text(page(scores, comparisons, trials, [str(problem) for problem in problems], root))
+    return scores.to_string()
+
+
+def read_suite(root: Path) -> pd.DataFrame:
+    """A row for each trial of a suite: its place, point and evaluations, its best metric, and what the target took."""
+    rows = []
+    for path in sorted(root.glob("*/study_*/*_pytorch/trial_*/eval_measurements.csv")):
+        submission, study, run, trial = path.parent.relative_to(root).parts
+        workload = workload_class(run.removesuffix("_pytorch"))
+        evaluations = pd.read_csv(path)
+        metric = evaluations[f"validation/{workload.target_metric_name}"]
+        hit = to_target(workload, evaluations)
+        rows.append(
+            {
+                "submission": submission,
+                "study": study,
+                "workload": run.removesuffix("_pytorch"),
+                "trial": trial,
+                "point": json.loads((path.parent / "hparams.json").read_text()),
+                "evaluations": evaluations,
+                "best": metric.max() if workload.higher_is_better else metric.min(),
+                "steps": math.inf if hit is None else hit["global_step"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_trial(trials: pd.DataFrame) -> pd.Series:
+    """The trial with the fewest steps to the target; where none reached it, the one with the best metric."""
+    sign = -1 if workload_class(trials["workload"].iloc[0]).higher_is_better else 1
+    return trials.iloc[np.lexsort([sign * trials["best"], trials["steps"]])[0]]
+
+
+def plot_suite(trials: pd.DataFrame, path: Path) -> None:
+    """Draw a panel for each workload: validation metric over steps, a curve for each submission's best trial."""
+    workloads = sorted(trials["workload"].unique())
+    height = math.ceil(len(workloads) / 2)
+    figure, panels = plt.subplots(height, 2, figsize=(11, 3.2 * height), layout="constrained", squeeze=False)
+    for axes, name in zip_longest(panels.flat, workloads):
+        if name is None:
+            axes.set_axis_off()
+            continue
+        groups = trials[trials["workload"] == name].groupby("submission")
+        draw_curves(axes, workload_class(name), {key: best_trial(group)["evaluations"] for key, group in groups}, "global_step")
+        axes.set(xlabel="steps", title=name)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def page(
+    scores: pd.DataFrame, comparisons: dict[str, Comparison], trials: pd.DataFrame, problems: list[str], root: Path
+) -> str:
+    """The report of a suite in Markdown; its pictures lie beside it."""
+    order = list(scores.index)
+    best = trials.groupby(["workload", "submission"])[trials.columns].apply(best_trial)
+    metrics = best["best"].map("{:.4g}".format).unstack()[order]
+    rates = best["point"].map(lambda point: f"{point['learning_rate']:g}").unstack()[order]
+    goals = {name: workload_class(name) for name in metrics.index}
+    goal = [
+        f"{x.target_metric_name} {'>' if x.higher_is_better else '<'} {x.validation_target_value:g}" for x in goals.values()
+    ]
+    metrics.insert(0, "target", goal)
+    meta = json.loads(next(root.glob("*/study_*/*/trial_*/meta_data_0.json")).read_text())
+    errors = [
+        f"{path.parent.relative_to(root)}: {last_line(path)}" for path in sorted(root.glob("*/study_*/*/trial_*/error.txt"))
+    ]
+    failures = [f"- {text}" for text in (*errors, *problems)] or ["- none"]
+    return "\n".join(
+        [
+            "# The laptop suite",
+            "",
+            f"{meta['date']}, {meta['cpu']}, {meta['cpu_count']} cores, torch {meta['torch_version']}. Studies: "
+            f"{trials['study'].nunique()}; trials of a submission on a workload: {trials['trial'].nunique()}, of which the "
+            f"best counts; threads of a trial: {meta['num_threads']}. Seconds are those of training, taken while other trials "
+            "run on the same cores: steps are the steadier measure.",
+            "",
+            scores.to_markdown(),
+            "",
+            "The score is the area under the performance profile: 1 for a submission that is first on every workload.",
+            "",
+            "![profile by steps](steps/profile.png)",
+            "",
+            "![profile by time](time/profile.png)",
+            "",
+            *table("Steps to target", comparisons["steps"].times[list(metrics.index)].T[order], "{:.0f}"),
+            *table("Seconds to target", comparisons["time"].times[list(metrics.index)].T[order], "{:.1f}"),
+            *table("Best validation metric of the best trial", metrics),
+            *table("Learning rate of the best trial", rates),
+            "## Curves of the best trials",
+            "",
+            "![validation metric over steps](curves.png)",
+            "",
+            "## What failed",
+            "",
+            *failures,
+            "",
+        ]
+    )
+
+
+def table(title: str, values: pd.DataFrame, number: str | None = None) -> list[str]:
+    """Lines of Markdown: a heading and a table; numbers in the given format, misses as dashes."""
+    if number:
+        values = values.map(lambda x: number.format(x) if math.isfinite(x) else "-")
+    return [f"## {title}", "", values.to_markdown(disable_numparse=True), ""]
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file, of an error the error itself."""
+    return path.read_text().strip().splitlines()[-1]

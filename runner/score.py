@@ -75,6 +75,26 @@ def speed_ups(times: pd.DataFrame, limits: pd.Series, reference: str) -> pd.Seri
     return np.exp(np.log(ratios).mean(axis=1)).rename(f"speed-up over {reference}")
 
 
+class Comparison(NamedTuple):
+    """What a table of times comes to."""
+
+    times: pd.DataFrame  # as given
+    counted: pd.DataFrame  # what counts of them, without held-out workloads
+    profile: pd.DataFrame
+    scores: pd.DataFrame  # the score and, where limits are known, the speed-up; the best submission first
+
+
+def compare(times: pd.DataFrame, limits: pd.Series, reference: str, held_out: Sequence[str] = ()) -> Comparison:
+    """The profile, the scores, and speed-ups over the reference on the workloads whose limit, the value of a miss, is known."""
+    counted = with_held_out(times, held_out)
+    profile = performance_profile(counted)
+    table = pd.DataFrame(scores(profile))
+    with_limit = limits.dropna().index.intersection(counted.columns)
+    if len(with_limit):
+        table = table.join(speed_ups(times[with_limit], limits, reference))
+    return Comparison(times, counted, profile, table)
+
+
 # Logs -> times.
 
 
@@ -169,6 +189,12 @@ def median_times(studies: pd.DataFrame) -> pd.DataFrame:
     return studies.pivot_table(index="submission", columns="workload", values="value", aggfunc="median").fillna(np.inf)
 
 
+def miss_limits(targets: dict[str, Target], ends: pd.Series, by: str) -> pd.Series:
+    """What a miss counts as: by time the workload's budget; otherwise, and where none is known, the latest end of a trial."""
+    budgets = pd.Series({name: target.budget for name, target in targets.items() if target.budget and by == "time"})
+    return pd.concat([budgets, ends[~ends.index.isin(budgets.index)]])
+
+
 def read_times(path: Path) -> pd.DataFrame:
     """A table of times: submissions in the first column, a column for each workload; an empty cell or inf is a miss."""
     return pd.read_csv(path, index_col=0).astype(float).fillna(np.inf)
@@ -199,6 +225,15 @@ def plot_times(times: pd.DataFrame, by: str, path: Path) -> None:
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def write(comparison: Comparison, by: str, folder: Path) -> None:
+    """Write the tables as CSV and the pictures as PNG into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("times", "profile", "scores"):
+        getattr(comparison, name).to_csv(folder / f"{name}.csv")
+    plot_profile(comparison.profile, folder / "profile.png")
+    plot_times(comparison.counted.loc[comparison.scores.index], by, folder / "times.png")
 
 
 def colors(count: int) -> list[tuple[float, ...]]:
@@ -244,24 +279,12 @@ def main(_: Sequence[str]) -> None:
     if problems and FLAGS.strict:
         sys.exit(f"error: --strict, and {len(problems)} things could not be scored")
 
-    counted = with_held_out(times, FLAGS.held_out)
-    profile = performance_profile(counted)
-    summary = pd.DataFrame(scores(profile))
-    budgets = pd.Series({name: target.budget for name, target in targets.items() if target.budget and FLAGS.by == "time"})
-    limits = pd.concat([budgets, ends[~ends.index.isin(budgets.index)]]).reindex(times.columns)
-    with_limit = limits.dropna().index.intersection(counted.columns)
-    if len(with_limit):
-        summary = summary.join(speed_ups(times[with_limit], limits, reference))
+    comparison = compare(times, miss_limits(targets, ends, FLAGS.by), reference, FLAGS.held_out)
     output = Path(FLAGS.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, table in {"times": times, "profile": profile, "scores": summary}.items():
-        table.to_csv(output / f"{name}.csv")
-    plot_profile(profile, output / "profile.png")
-    plot_times(counted.loc[summary.index], FLAGS.by, output / "times.png")
+    write(comparison, FLAGS.by, output)
     unit = "seconds" if FLAGS.by == "time" else "steps"
-    print(
-        f"{unit} to target\n{times.round(1).T.to_string()}\n\n{summary.round(4).to_string()}\n\ntables and pictures: {output}"
-    )
+    print(f"{unit} to target\n{times.round(1).T.to_string()}\n\n{comparison.scores.round(4).to_string()}\n")
+    print(f"tables and pictures: {output}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from torch import nn
 
 from runner.workloads import load_workload
 
-FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "runner" / "baselines").glob("*/submission.py"))
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "runner" / "baselines").glob("*/submission.py"))
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 
 
@@ -64,6 +65,14 @@ def weights(workload):
     return [p.detach() for p in workload.model.parameters()]
 
 
+def assert_ladder(points):
+    """Five points that differ in the learning rate, doubled from one to the next; the middle one is the first."""
+    rates = sorted(point["learning_rate"] for point in points)
+    assert rates == pytest.approx([rates[0] * 2**i for i in range(5)])
+    assert points[0]["learning_rate"] == rates[2]
+    assert len({json.dumps({**point, "learning_rate": 0}) for point in points}) == 1
+
+
 @pytest.fixture(params=[pytest.param(x.name, marks=needs_muon if x.name == "muon" else ()) for x in FOLDERS])
 def baseline(request):
     return load(request.param)
@@ -71,10 +80,16 @@ def baseline(request):
 
 def test_the_points_are_a_ladder_of_learning_rates(baseline):
     _, points = baseline
-    rates = [point["learning_rate"] for point in points]
-    assert len(rates) == 5
-    assert rates == pytest.approx([rates[0] * 2**i for i in range(5)])
-    assert len({json.dumps({**point, "learning_rate": 0}) for point in points}) == 1
+    assert_ladder(points)
+
+
+def test_our_ladder_is_the_competitions_first_point_but_for_what_is_said():
+    points = [json.loads((ROOT / folder / "tuning_search_space.json").read_text()) for folder in ("runner", ".")]
+    assert_ladder(points[0])
+    ours, theirs = (points[i][0] for i in (0, 1))
+    differing = {key for key in theirs if ours[key] != theirs[key]}
+    assert differing == {"learning_rate", "precondition_frequency", "block_size", "dropout_rate", "schedule_tail"}
+    assert min(point["learning_rate"] for point in points[0]) == pytest.approx(theirs["learning_rate"], rel=1e-2)
 
 
 def test_it_trains_and_resumes(baseline, tmp_path):

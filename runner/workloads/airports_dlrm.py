@@ -37,13 +37,13 @@ def load_airports() -> dict[str, pd.DataFrame]:
 class DLRM(nn.Module):
     """Three embeddings and a bottom MLP make four vectors; a top MLP sees their dot products and the MLP's; 13k parameters."""
 
-    def __init__(self, sizes: list[int], width: int = 16):
+    def __init__(self, sizes: list[int], width: int = 32):
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
-        self.bottom = nn.Sequential(nn.Linear(len(NUMBERS), 32), nn.ReLU(), nn.Linear(32, width), nn.ReLU())
+        self.bottom = nn.Sequential(nn.Linear(len(NUMBERS), 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
         vectors = len(sizes) + 1
-        self.top = nn.Sequential(nn.Linear(vectors * (vectors - 1) // 2 + width, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
-        self.dropout, self.output = nn.Dropout(0.0), nn.Linear(32, 1)
+        self.top = nn.Sequential(nn.Linear(vectors * (vectors - 1) // 2 + width, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU())
+        self.dropout, self.output = nn.Dropout(0.0), nn.Linear(64, 1)
         self.pairs: Tensor
         self.register_buffer("pairs", torch.triu_indices(vectors, vectors, offset=1), persistent=False)
 
@@ -64,8 +64,8 @@ class AirportsDLRM(LaptopWorkload):
     higher_is_better = False
     validation_target_value = 0.475
     test_target_value = 0.455
-    default_batch_size = 256
-    step_hint = 800
+    default_batch_size = 512
+    step_hint = 1000
 
     def load_splits(self) -> dict[str, Split]:
         """As criteo1tb, {"inputs": (N, 6) codes and standardised numbers in one float tensor, "targets": (N,) 0 or 1}."""

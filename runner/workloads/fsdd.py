@@ -22,6 +22,7 @@ Padded = tuple[Tensor, Tensor]  # values (B, T, ...) and paddings (B, T)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYMBOLS = "_ " + "".join(sorted(set("".join(WORDS))))  # symbol 0 is CTC's blank
 COEFFICIENTS = 13
+ORDERS = {"train": 4, "validation": 2, "test": 2}
 
 
 def load_utterances() -> tuple[list[Tensor], np.ndarray]:
@@ -34,7 +35,7 @@ def load_utterances() -> tuple[list[Tensor], np.ndarray]:
 
 
 def load_fsdd() -> dict[str, Split]:
-    """Utterances split 240 / 30 / 30 of each digit; those of a split are joined in four orders, one after the other."""
+    """Utterances split 240 / 30 / 30 of each digit; those of a split are joined in ORDERS orders, one after the other."""
     frames, digits = load_utterances()
     draw = np.random.default_rng(0)
     by_digit = draw.permuted(np.stack([np.flatnonzero(digits == digit) for digit in range(10)]), axis=1)  # (10, 300)
@@ -43,10 +44,10 @@ def load_fsdd() -> dict[str, Split]:
     mean, std = seen.mean(dim=0), seen.std(dim=0)
     frames = [(x - mean) / std for x in frames]
     splits = {
-        split: join(frames, digits, np.concatenate([draw.permutation(utterances.ravel()) for _ in range(4)]), draw)
+        split: join(frames, digits, np.concatenate([draw.permutation(utterances.ravel()) for _ in range(ORDERS[split])]), draw)
         for split, utterances in chosen.items()
     }
-    splits["eval_train"] = rows(splits["train"], slice(len(splits["validation"]["targets"][0])))
+    splits["eval_train"] = rows(splits["train"], slice(100))
     return splits
 
 
@@ -121,7 +122,8 @@ class Fsdd(LaptopWorkload):
     target_metric_name = "wer"
     higher_is_better = False
     default_batch_size = 16
-    step_hint = 600
+    eval_batch_size = 100
+    step_hint = 400
 
     def load_splits(self) -> dict[str, Split]:
         return load_fsdd()

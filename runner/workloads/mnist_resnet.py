@@ -49,7 +49,8 @@ class MnistResNet(MnistClassifier):
 
     validation_target_value = 0.975
     test_target_value = 0.972
-    step_hint = 600
+    default_batch_size = 32
+    step_hint = 500
 
     def build_model(self) -> nn.Module:
         return ResNet8()

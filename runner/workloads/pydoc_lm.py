@@ -42,7 +42,7 @@ def windows(text: str, alphabet: str) -> Split:
 class Decoder(nn.Module):
     """Two layers of width 96 over characters, with learned positions; 249k parameters."""
 
-    def __init__(self, symbols: int, width: int = 96, layers: int = 2, heads: int = 4):
+    def __init__(self, symbols: int, width: int = 64, layers: int = 2, heads: int = 4):
         super().__init__()
         self.characters, self.positions = nn.Embedding(symbols, width), nn.Embedding(CONTEXT, width)
         self.layers = nn.Sequential(*(TransformerLayer(width, heads, mlp_ratio=4, causal=True) for _ in range(layers)))
@@ -62,7 +62,7 @@ class PydocLM(LaptopWorkload):
     validation_target_value = 1.65
     test_target_value = 1.74
     default_batch_size = 16
-    step_hint = 600
+    step_hint = 500
 
     def load_splits(self) -> dict[str, Split]:
         topics = load_topics()

@@ -102,7 +102,7 @@ class SolubilityGNN(LaptopWorkload):
     validation_target_value = 0.65
     test_target_value = 0.69
     default_batch_size = 32
-    step_hint = 800
+    step_hint = 700
 
     def load_splits(self) -> dict[str, Split]:
         splits = load_molecules()
