@@ -1,8 +1,6 @@
 """mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space's columns.
 
-Target, provisional: validation structural similarity above 0.74 (test: 0.74). NadamW (torch.optim.NAdam, decoupled decay 0.01,
-5 % warm-up, cosine to 0) had a best value within the step hint of 0.718 at lr 0.002 and 0.750 at 0.008 (test: 0.721, 0.751),
-one seed each. The zero-filled images have 0.373.
+Targets, set by `experiments.targets`, are structural similarities. The zero-filled images have 0.418 (test: 0.427).
 """
 
 import numpy as np
@@ -52,7 +50,7 @@ def double_convolution(channels_in: int, channels: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Two halvings and back, with 16, 32 and 64 channels and skips; it adds its output to the input. 116k parameters."""
+    """Two halvings and back, with 8, 16 and 32 channels and skips; it adds its output to the input. 29k parameters."""
 
     def __init__(self, channels: int = 8):
         super().__init__()
@@ -80,8 +78,8 @@ class MnistUNet(LaptopWorkload):
     loss_type = spec.LossType.MEAN_ABSOLUTE_ERROR
     target_metric_name = "ssim"
     higher_is_better = True
-    validation_target_value = 0.74
-    test_target_value = 0.74
+    validation_target_value = 0.7995
+    test_target_value = 0.7994
     default_batch_size = 16
     eval_batch_size = 50
     step_hint = 450

@@ -1,8 +1,6 @@
 """mnist_vit, the laptop twin of imagenet_vit: a vision Transformer over 7x7 patches of 5,000 images of MNIST.
 
-Target, provisional: validation accuracy above 0.945 (test: 0.945). NadamW (torch.optim.NAdam, decoupled decay, 5 % warm-up,
-cosine to 0) had a best accuracy within the step hint of 0.949 at lr 0.001 and decay 0.01, 0.951 at 0.002 and 0.1, and 0.952 at
-0.004 and 0.1 (test: 0.961, 0.956, 0.955), one seed each. One standard error on 750 images is 0.008.
+Targets, set by `experiments.targets`, are accuracies. On this data logistic regression has 0.908, one nearest neighbour 0.934.
 """
 
 import torch
@@ -15,7 +13,7 @@ PATCH = 7
 
 
 class VisionTransformer(nn.Module):
-    """Four layers of width 64 over 16 patches, with learned positions; the mean over patches is classified. 140k parameters."""
+    """Three layers of width 64 over 16 patches, with learned positions; their mean is classified. 105k parameters."""
 
     def __init__(self, width: int = 64, layers: int = 3, heads: int = 4):
         super().__init__()
@@ -33,8 +31,8 @@ class VisionTransformer(nn.Module):
 class MnistViT(MnistClassifier):
     """Digits by attention."""
 
-    validation_target_value = 0.945
-    test_target_value = 0.945
+    validation_target_value = 0.9439
+    test_target_value = 0.9333
     default_batch_size = 32
     step_hint = 500
 
