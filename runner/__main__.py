@@ -18,7 +18,7 @@ from . import ALGOPERF
 from .data import DataError
 from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
-from .report import plot_trials, read_trials, to_target, trial_table
+from .report import goal, plot_trials, read_trials, to_target, trial_table
 from .search_space import read_points
 from .workloads import WORKLOADS, load_workload
 from .workloads.base import LaptopWorkload
@@ -203,10 +203,11 @@ def summarize(workload: LaptopWorkload, folder: Path) -> None:
         sys.exit("error: no trial was evaluated")
     failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
     hits = sum(to_target(workload, evaluations) is not None for _, evaluations in trials.values())
-    relation = ">" if workload.higher_is_better else "<"
-    target = f"validation {workload.target_metric_name} {relation} {workload.validation_target_value:g}"
     say(f"\n{trial_table(workload, trials).to_string()}\n")
-    say(f"{hits} of {len(trials)} trials reached the target, {target}" + (f"; {failed} failed" if failed else ""))
+    say(
+        f"{hits} of {len(trials)} trials reached the target, validation {goal(workload)}"
+        + (f"; {failed} failed" if failed else "")
+    )
     picture = folder / "validation.png"
     plot_trials(workload, FLAGS.workload, trials, picture)
     say(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .score import MEASURES, Comparison, compare, median_times, miss_limits, read_studies, read_targets, write
+from .score import MEASURES, Comparison, LogError, compare, median_times, miss_limits, read_studies, read_targets, write
 from .workloads import workload_class
 from .workloads.base import LaptopWorkload
 
@@ -99,8 +99,12 @@ def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame],
 def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
     """Write README.md, tables and pictures of the suite in root into the folder; the table of scores, as text.
 
-    Speed-ups are over the reference, or the first submission where that one is missing.
+    Speed-ups are over the reference, or the first submission where that one is missing. Raises LogError if no trial was
+    evaluated.
     """
+    trials = read_suite(root)
+    if trials.empty:
+        raise LogError("\n".join(["no trial was evaluated", *errors(root)]))
     targets = read_targets(None)
     comparisons: dict[str, Comparison] = {}
     for by in MEASURES:
@@ -109,7 +113,6 @@ def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
         limits = miss_limits(targets, studies.groupby("workload")["end"].max(), by)
         comparisons[by] = compare(times, limits, reference if reference in times.index else times.index[0])
         write(comparisons[by], by, folder / by)
-    trials = read_suite(root)
     plot_suite(trials, folder / "curves.png")
     scores = pd.concat({f"by {by}": comparison.scores for by, comparison in comparisons.items()}, axis=1)
     scores.columns = [f"{name} {by}" for by, name in scores.columns]
@@ -127,8 +130,11 @@ def read_suite(root: Path) -> pd.DataFrame:
     for path in sorted(root.glob("*/study_*/*_pytorch/trial_*/eval_measurements.csv")):
         submission, study, run, trial = path.parent.relative_to(root).parts
         workload = workload_class(run.removesuffix("_pytorch"))
-        evaluations = pd.read_csv(path)
-        metric = evaluations[f"validation/{workload.target_metric_name}"]
+        try:
+            evaluations = pd.read_csv(path)
+            metric = evaluations[f"validation/{workload.target_metric_name}"]
+        except (ValueError, KeyError):
+            continue  # read_studies names it
         hit = to_target(workload, evaluations)
         rows.append(
             {
@@ -174,26 +180,14 @@ def page(
     """The report of a suite in Markdown; its pictures lie beside it."""
     order = list(scores.index)
     best = trials.groupby(["workload", "submission"])[trials.columns].apply(best_trial)
-    metrics = best["best"].map("{:.4g}".format).unstack()[order]
-    rates = best["point"].map(lambda point: f"{point['learning_rate']:g}").unstack()[order]
-    goals = {name: workload_class(name) for name in metrics.index}
-    goal = [
-        f"{x.target_metric_name} {'>' if x.higher_is_better else '<'} {x.validation_target_value:g}" for x in goals.values()
-    ]
-    metrics.insert(0, "target", goal)
-    meta = json.loads(next(root.glob("*/study_*/*/trial_*/meta_data_0.json")).read_text())
-    errors = [
-        f"{path.parent.relative_to(root)}: {last_line(path)}" for path in sorted(root.glob("*/study_*/*/trial_*/error.txt"))
-    ]
-    failures = [f"- {text}" for text in (*errors, *problems)] or ["- none"]
+    rates = best["point"].map(lambda point: f"{point['learning_rate']:g}" if "learning_rate" in point else "-")
+    metrics = best["best"].map("{:.4g}".format).unstack().reindex(columns=order)
+    metrics.insert(0, "target", [goal(workload_class(name)) for name in metrics.index])
     return "\n".join(
         [
             "# The laptop suite",
             "",
-            f"{meta['date']}, {meta['cpu']}, {meta['cpu_count']} cores, torch {meta['torch_version']}. Studies: "
-            f"{trials['study'].nunique()}; trials of a submission on a workload: {trials['trial'].nunique()}, of which the "
-            f"best counts; threads of a trial: {meta['num_threads']}. Seconds are those of training, taken while other trials "
-            "run on the same cores: steps are the steadier measure.",
+            circumstances(root, trials),
             "",
             scores.to_markdown(),
             "",
@@ -205,18 +199,40 @@ def page(
             "",
             *table("Steps to target", comparisons["steps"].times[list(metrics.index)].T[order], "{:.0f}"),
             *table("Seconds to target", comparisons["time"].times[list(metrics.index)].T[order], "{:.1f}"),
-            *table("Best validation metric of the best trial", metrics),
-            *table("Learning rate of the best trial", rates),
+            *table("Best validation metric of the best trial", metrics.fillna("-")),
+            *table("Learning rate of the best trial", rates.unstack().reindex(columns=order).fillna("-")),
             "## Curves of the best trials",
             "",
             "![validation metric over steps](curves.png)",
             "",
             "## What failed",
             "",
-            *failures,
+            *([f"- {text}" for text in (*errors(root), *problems)] or ["Nothing."]),
             "",
         ]
     )
+
+
+def goal(workload: Workload) -> str:
+    """The validation target in words."""
+    return f"{workload.target_metric_name} {'>' if workload.higher_is_better else '<'} {workload.validation_target_value:g}"
+
+
+def circumstances(root: Path, trials: pd.DataFrame) -> str:
+    """When, where and how often a suite ran; the machine is that of one of its trials."""
+    meta = json.loads(next(root.glob("*/study_*/*/trial_*/meta_data_0.json")).read_text())
+    return (
+        f"{meta['date']}, {meta['cpu']}, {meta['cpu_count']} cores, torch {meta['torch_version']}. Studies: "
+        f"{trials['study'].nunique()}; trials of a submission on a workload: {trials['trial'].nunique()}, of which the best "
+        f"counts; threads of a trial: {meta['num_threads']}. Seconds are those of training, taken while other trials run on "
+        "the same cores: steps are the steadier measure."
+    )
+
+
+def errors(root: Path) -> list[str]:
+    """The trials that ended in an error."""
+    paths = sorted(root.glob("*/study_*/*/trial_*/error.txt"))
+    return [f"{path.parent.relative_to(root)}: {last_line(path)}" for path in paths]
 
 
 def table(title: str, values: pd.DataFrame, number: str | None = None) -> list[str]:

@@ -189,7 +189,11 @@ def main(_: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     root.mkdir(parents=True, exist_ok=True)
     run_trials(runs, root, FLAGS.max_workers)
-    print(f"\n{write_report(root, root / 'report')}\nreport: {root / 'report' / 'README.md'}")
+    try:
+        table = write_report(root, root / "report")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{table}\nreport: {root / 'report' / 'README.md'}")
 
 
 def define_flags() -> None:

@@ -25,6 +25,7 @@ SUBMISSIONS = {  # what each does at its third step
     "ends": "raise spec.TrainingCompleteError",
     "fails": "raise ArithmeticError('no more')",
     "crashes": "os._exit(7)",
+    "broken": "pass\nimport no_such_module",
     "waits": "time.sleep(3)\n    if arguments['global_step'] == 26:\n        raise spec.TrainingCompleteError",
 }
 
@@ -57,9 +58,9 @@ def suite(folder, submissions, *flags, start=subprocess.run):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Three submissions of which one ends well, and what the command printed."""
+    """Four submissions of which one ends well, and what the command printed."""
     folder = tmp_path_factory.mktemp("suite")
-    paths = [write_submission(folder / "submissions", name) for name in ("ends", "fails", "crashes")]
+    paths = [write_submission(folder / "submissions", name) for name in ("ends", "fails", "crashes", "broken")]
     result = suite(folder / "out", paths, "--max_workers=2")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "out", paths, result.stdout
@@ -75,9 +76,10 @@ def test_a_failing_trial_is_a_miss_and_stops_nothing(done):
     assert not is_finished(trial(folder, "fails"))
     assert "ArithmeticError: no more" in (trial(folder, "fails") / "error.txt").read_text()
     assert "exit status 7" in (trial(folder, "crashes") / "error.txt").read_text()
+    assert "No module named 'no_such_module'" in (trial(folder, "broken") / "error.txt").read_text()
     assert "failed: " + str(trial(folder, "crashes")) in output
     scores = pd.read_csv(folder / "report" / "steps" / "scores.csv", index_col=0)
-    assert set(scores.index) == {"ends", "fails", "crashes"}
+    assert set(scores.index) == {"ends", "fails", "crashes", "broken"}
     times = pd.read_csv(folder / "report" / "steps" / "times.csv", index_col=0)
     assert np.isinf(times["airports_dlrm"]).all()
 
