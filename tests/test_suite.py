@@ -25,7 +25,7 @@ SUBMISSIONS = {  # what each does at its third step
     "ends": "raise spec.TrainingCompleteError",
     "fails": "raise ArithmeticError('no more')",
     "crashes": "os._exit(7)",
-    "broken": "pass\nimport no_such_module",
+    "broken": "pass\nimport no_such_module\ndef other(**arguments):\n    pass",
     "waits": "time.sleep(3)\n    if arguments['global_step'] == 26:\n        raise spec.TrainingCompleteError",
 }
 
