@@ -1,46 +1,88 @@
 """State of buckets <-> state per parameter, as `state_dict()` holds it.
 
 For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its tiles n and
-dimensions d `factors.n.d` and `inv_roots.n.d`, (blocks of the tile, size, size). Nothing depends on how blocks are stacked.
+dimensions d `factors.n.d` and `inv_roots.n.d`, (blocks of the tile, size, size). Nothing depends on how blocks are stacked, or
+on which rank owns them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .layout import fill, gather
-from .state import Bucket
+from .ranks import Ranks
+from .state import Bucket, allocate, moments, tensors
 
 Groups = Sequence[dict[str, Any]]
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """The name and the flat vector of each moment that the bucket keeps."""
-    return ((name, flat) for name in MOMENTS if (flat := getattr(bucket, name)) is not None)
-
-
-def matrices(bucket: Bucket) -> Iterator[tuple[int, str, Tensor]]:
-    """Parameter, key and a view of the blocks, for the factors and inverse roots of each tile and dimension."""
+def matrices(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
+    """Parameter, key, rows of what is saved, and a view of the blocks, for the factors and inverse roots of each piece."""
     for kind in ("factors", "inv_roots"):
         for pieces, stack in zip(bucket.layout.pieces, getattr(bucket, kind), strict=True):
             for d, A in enumerate(stack):
                 for piece in pieces if A is not None else ():
-                    yield piece.param, f"{kind}.{piece.number}.{d}", A[piece.first : piece.first + piece.tile.num_blocks]
+                    n = piece.tile.num_blocks
+                    rows = slice(piece.offset, piece.offset + n)
+                    yield piece.param, f"{kind}.{piece.number}.{d}", rows, A[piece.first : piece.first + n]
+
+
+def collect(buckets: Sequence[Sequence[Bucket]], groups: Groups, ranks: Ranks, to: int | None) -> list[list[Bucket]]:
+    """For each bucket those of all ranks, on the CPU of rank `to`, or of all ranks for None; elsewhere []. A collective."""
+    receives = to in (None, ranks.rank)
+    device = torch.device("cpu" if receives else "meta")
+    collected = []
+    for group, own in ((group, bucket) for group, of_group in zip(groups, buckets, strict=True) for bucket in of_group):
+        treatment = own.dtype, own.factored
+        shards = [allocate(own.params, group, own.layouts, r, device, *treatment) for r in range(ranks.size)]
+        for r, shard in enumerate(shards):
+            source = tensors(own) if r == ranks.rank else [None] * len(tensors(shard))
+            for mine, x in zip(source, tensors(shard), strict=True):
+                share(mine, x, r, own.device, ranks, to)
+        collected.append(shards)
+    return collected if receives else []
+
+
+def share(mine: Any, x: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
+    """Copy the owner's tensor, `mine` there, to x on rank `to`, or on all ranks; through the device, where collectives work."""
+    if to is None:
+        buffer = torch.empty_like(x, device=device) if mine is None else mine
+        dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
+        x.copy_(buffer)
+    elif owner == to == ranks.rank:
+        x.copy_(mine)
+    elif owner == ranks.rank:
+        dist.send(mine, dist.get_global_rank(ranks.group, to), ranks.group)
+    elif to == ranks.rank:
+        buffer = torch.empty_like(x, device=device)
+        dist.recv(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
+        x.copy_(buffer)
 
 
 def pack(buckets: Sequence[Sequence[Bucket]], params: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The state of each parameter under its place in `params`: moments copied, factors and roots views of the live state."""
+    """The state of each parameter under its place in `params`, given for each bucket those of all ranks.
+
+    Moments are copies; factors and roots are views of the live state where one rank has a tile.
+    """
     place = {p: i for i, p in enumerate(params)}
     state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(params))}
-    for bucket in chain(*buckets):
-        for name, flat in moments(bucket):
-            for p, x in zip(bucket.params, gather(bucket.layout, flat), strict=True):
-                state[place[p]][name] = x.view(p.shape)
-        for i, name, blocks in matrices(bucket):
-            state[place[bucket.params[i]]][name] = blocks
+    for shards in buckets:
+        owner = [state[place[p]] for p in shards[0].params]
+        for named in zip(*map(moments, shards), strict=True):
+            whole = gather(shards[0].layouts[: len(shards)], [flat for _, flat in named])
+            for of_param, p, x in zip(owner, shards[0].params, whole, strict=True):
+                of_param[named[0][0]] = x.view(p.shape)
+        parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
+        for i, name, rows, blocks in chain(*map(matrices, shards)):
+            parts.setdefault((i, name), []).append((rows.start, blocks))
+        for (i, name), found in parts.items():
+            in_order = [blocks for _, blocks in sorted(found, key=lambda part: part[0])]
+            owner[i][name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
     return state
 
 
@@ -62,8 +104,13 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
     for bucket in chain(*buckets):
         for name, flat in moments(bucket):
             fill(bucket.layout, flat, [find(p, name, tuple(p.shape)) for p in bucket.params])
-        for i, name, blocks in matrices(bucket):
-            blocks.copy_(find(bucket.params[i], name, tuple(blocks.shape)))
+        pieces = (piece for layout in bucket.layouts for stack in layout.pieces for piece in stack)
+        count: Counter[tuple[int, int]] = Counter()  # of blocks, for each tile of each parameter
+        for piece in pieces:
+            count[piece.param, piece.number] += piece.tile.num_blocks
+        for i, name, rows, blocks in matrices(bucket):
+            n = count[i, int(name.split(".")[1])]
+            blocks.copy_(find(bucket.params[i], name, (n, *blocks.shape[1:]))[rows])
 
 
 def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:

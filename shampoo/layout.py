@@ -1,10 +1,12 @@
-"""Parameters <-> flat vector <-> stacks.
+"""Parameters <-> flat vectors of the ranks <-> stacks.
 
-All blocks of one shape form a stack, and all stacks lie end to end in one flat vector, so that elementwise work is one call for
-every parameter and a matrix product one call for every shape. A parameter's tiles (see `blocking`) are contiguous pieces of it.
+All blocks of one shape that a rank owns form a stack, and all stacks lie end to end in one flat vector, so that elementwise
+work is one call for every parameter and a matrix product one call for every shape. A parameter's tiles (see `blocking`) are
+contiguous pieces of it; with several ranks, which share the blocks of a tile out, single blocks are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -15,16 +17,17 @@ from .blocking import Tile, cut, merge_dims
 
 
 class Piece(NamedTuple):
-    """One tile of one parameter, a contiguous piece of the flat vector."""
+    """A tile of a parameter, or one block of a tile: a contiguous piece of the flat vector."""
 
     param: int
     number: int  # among the parameter's tiles
+    offset: int  # of its first block among the tile's blocks
     tile: Tile
     first: int  # where its blocks begin in their stack
 
 
 class Layout(NamedTuple):
-    """Where every block lies."""
+    """Where every block of a rank lies."""
 
     shapes: list[tuple[int, ...]]  # of each parameter, merged
     pieces: list[list[Piece]]  # of each stack, in the order of its blocks
@@ -36,17 +39,60 @@ class Layout(NamedTuple):
         return sum(map(prod, self.stacks))
 
 
-def build_layout(shapes: Sequence[tuple[int, ...]], block_size: int, merge: bool) -> Layout:
-    """The layout for parameters of these shapes, a pure function of its arguments."""
+def build_layouts(
+    shapes: Sequence[tuple[int, ...]],
+    block_size: int,
+    merge: bool,
+    cost: Callable[[tuple[int, ...]], float] = prod,
+    load: list[float] | None = None,
+) -> list[Layout]:
+    """The layout of each rank for parameters of these shapes, a pure function of its arguments.
+
+    `load` has the cost that each rank has to bear already; what a block of a shape costs is added for each block it gets. None
+    is one rank.
+    """
+    load = [0.0] if load is None else load
     merged = [merge_dims(shape, block_size) if merge else tuple(shape) or (1,) for shape in shapes]
+    pieces = [
+        Piece(i, number, offset, tile, 0)
+        for i, shape in enumerate(merged)
+        for number, whole in enumerate(cut(shape, block_size))
+        for offset, tile in enumerate([whole] if len(load) == 1 else single_blocks(whole))
+    ]
+    owners = assign([cost(piece.tile.block) for piece in pieces], load)
+    return [
+        _stacked(merged, [piece for piece, r in zip(pieces, owners, strict=True) if r == rank]) for rank in range(len(load))
+    ]
+
+
+def _stacked(shapes: list[tuple[int, ...]], pieces: list[Piece]) -> Layout:
     stacks: dict[tuple[int, ...], list[Piece]] = {}  # by the shape of a block
     count: dict[tuple[int, ...], int] = {}
-    for i, shape in enumerate(merged):
-        for number, tile in enumerate(cut(shape, block_size)):
-            first = count.get(tile.block, 0)
-            stacks.setdefault(tile.block, []).append(Piece(i, number, tile, first))
-            count[tile.block] = first + tile.num_blocks
-    return Layout(merged, list(stacks.values()), [(count[block], *block) for block in stacks])
+    for piece in pieces:
+        block = piece.tile.block
+        first = count.get(block, 0)
+        stacks.setdefault(block, []).append(piece._replace(first=first))
+        count[block] = first + piece.tile.num_blocks
+    return Layout(shapes, list(stacks.values()), [(count[block], *block) for block in stacks])
+
+
+def assign(costs: Sequence[float], load: list[float]) -> list[int]:
+    """The rank that owns each item: the dearest first, each to the rank with the least load, which grows by its cost.
+
+    Ties go to the earlier item and the lower rank, so that all ranks find the same. Graham's rule: the largest load is at most
+    4/3 of the best possible.
+    """
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def single_blocks(tile: Tile) -> list[Tile]:
+    """Each block of a tile as a tile of its own, in row-major order."""
+    starts = product(*(range(x, x + n * b, b) for x, n, b in zip(tile.start, tile.grid, tile.block, strict=True)))
+    return [Tile(start, (1,) * len(start), tile.block) for start in starts]
 
 
 def stack_views(layout: Layout, flat: Tensor) -> list[Tensor]:
@@ -101,20 +147,22 @@ def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, d
     return flat
 
 
-def apply(layout: Layout, tensors: Sequence[Tensor | None], P: Tensor, scale: float) -> None:
-    """X <- X + scale P in place, for each parameter's tensor X and its part of the flat vector P; a None is left out."""
-    merged = merged_views(layout, tensors)
-    parts, views = matched_views(layout, P, merged)
-    if parts:
-        torch._foreach_add_(views, parts, alpha=scale)
+def apply(layouts: Sequence[Layout], tensors: Sequence[Tensor | None], flats: Sequence[Tensor], scale: float) -> None:
+    """X <- X + scale P in place, for each parameter's tensor X and its parts P of the ranks' flat vectors; None is left out."""
+    merged = merged_views(layouts[0], tensors)
+    matched = [matched_views(layout, P, merged) for layout, P in zip(layouts, flats, strict=True)]
+    if views := [view for _, of_rank in matched for view in of_rank]:
+        torch._foreach_add_(views, [part for parts, _ in matched for part in parts], alpha=scale)
     for x, y in zip(tensors, merged, strict=True):
         if x is not None and y is not None and y.data_ptr() != x.data_ptr():  # a copy
             x.copy_(y.view(x.shape))
 
 
-def gather(layout: Layout, flat: Tensor) -> list[Tensor]:
-    """The inverse of `load`: for each parameter a new tensor of its merged shape."""
-    whole = [flat.new_empty(shape) for shape in layout.shapes]
-    for piece, part in piece_views(layout, flat):
-        tile_view(whole[piece.param], piece.tile).copy_(part)
+def gather(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `load` for all ranks' flat vectors together: for each parameter a new tensor of its merged shape."""
+    whole = [flats[0].new_empty(shape) for shape in layouts[0].shapes]
+    for layout, flat in zip(layouts, flats, strict=True):
+        parts, views = matched_views(layout, flat, whole)
+        if parts:
+            torch._foreach_copy_(views, parts)
     return whole

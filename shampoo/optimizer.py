@@ -1,6 +1,7 @@
 """AdamW-style Shampoo as a torch optimizer."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch.optim import Optimizer
 from . import checkpoint, update
 from .grafting import GRAFTING, second_moment_decay
 from .layout import apply, flatten, load, stack_views
-from .options import OPTIONS, check_gradients, check_options, check_parameters
+from .options import OPTIONS, check_gradients, check_options, check_parameters, parameter_name
+from .ranks import Exchange, add_part, agree, find_ranks, is_sharded, whole
 from .state import Bucket, make_buckets
 
 # Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
+
+
+KEPT = ("_buckets", "_ranks", "_exchange_dtype", "_load", "_exchanges", "_consolidated", "_complete")  # in pickles and copies
 
 
 class AdamWShampoo(Optimizer):
@@ -85,13 +90,39 @@ class AdamWShampoo(Optimizer):
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
         solver: str = "eigh",
+        exchange_dtype: torch.dtype | None = None,
+        process_group: Any = None,
     ):
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         self._buckets: list[list[Bucket]] = []  # of each group
-        super().__init__(params, options)
+        self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
+        self._load = [0.0] * self._ranks.size  # the cost of the blocks that each rank owns
+        self._exchanges: list[tuple[list[int], Exchange]] = []  # with the places of its buckets among all buckets
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
+        self._complete = False
+        error = None
+        try:
+            super().__init__(params, options)
+        except Exception as raised:
+            error = raised
+        self._complete = True
+        self._settle(error)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not name take the optimizer's. Raises ValueError as the constructor does."""
+        """Add a group; options that it does not name take the optimizer's. Raises ValueError as the constructor does.
+
+        Of several ranks all must call it, with the same group.
+        """
+        if not self._complete:  # the constructor lets the ranks agree once, on all groups
+            return self._add(param_group)
+        error = None
+        try:
+            self._add(param_group)
+        except Exception as raised:
+            error = raised
+        return self._settle(error)
+
+    def _add(self, param_group: dict[str, Any]) -> None:
         unknown = set(param_group) - set(OPTIONS) - FOREIGN_KEYS
         if unknown:
             raise ValueError(f"a parameter group has the unknown options {sorted(unknown)}; allowed are {sorted(OPTIONS)}")
@@ -103,10 +134,34 @@ class AdamWShampoo(Optimizer):
             group["start_preconditioning_step"] = group["precondition_frequency"]
         try:
             check_parameters(group)
-            self._buckets.append(make_buckets(group))
+            self._buckets.append(make_buckets(group, self._ranks.rank, self._load))
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _settle(self, error: Exception | None) -> None:
+        """Let the ranks agree on parameters and options, and make the buffers of their exchange. Raises on all or none."""
+        lines = [f"exchange_dtype {self._exchange_dtype}"]
+        for i, group in enumerate(self.param_groups if error is None else ()):
+            lines += [f"group {i} with {name} {group[name]!r}" for name in OPTIONS]
+            lines += [f"{parameter_name(group, j)} and {p.dtype} in group {i}" for j, p in enumerate(group["params"])]
+        agree(self._ranks, lines, error)
+        self._make_exchanges()
+
+    def _make_exchanges(self) -> None:
+        for p in self._params():
+            self.state[p] = {}  # what is kept is in buckets; an empty `state` would make torch's checkpoints take a step first
+        if self._ranks.size == 1:
+            return
+        names = {p: parameter_name(group, i) for group in self.param_groups for i, p in enumerate(group["params"])}
+        buckets = list(chain(*self._buckets))
+        kinds = dict.fromkeys((bucket.device, bucket.dtype) for bucket in buckets)
+        self._exchanges = []
+        for device, dtype in kinds:
+            places = [i for i, bucket in enumerate(buckets) if (bucket.device, bucket.dtype) == (device, dtype)]
+            lengths = [[buckets[i].layouts[r].numel for i in places] for r in range(self._ranks.size)]
+            flags = [names[p] for i in places for p in buckets[i].params]
+            self._exchanges.append((places, Exchange(self._ranks, lengths, flags, device, self._exchange_dtype or dtype)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -117,48 +172,102 @@ class AdamWShampoo(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_gradients(group)
+        for _, exchange in self._exchanges:
+            exchange.check()
+        self._consolidated = None
+
+        directions: list[Tensor] = []
         for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            if any(p.grad is not None for p in group["params"]):
-                group["step"] += 1
-                for bucket in buckets:
-                    step_bucket(bucket, group, group["step"])
+            moves = any(p.grad is not None for p in group["params"])
+            group["step"] += moves
+            directions += [step_bucket(bucket, group, group["step"]) if moves else bucket.zeros() for bucket in buckets]
+        everyones = iter(self._exchange(directions))
+        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
+            for bucket in buckets:
+                move(bucket, next(everyones), scale=-group["lr"])
         return loss
 
+    def _exchange(self, directions: list[Tensor]) -> list[list[Tensor]]:
+        """For each bucket the directions of all ranks, given this rank's."""
+        everyones = [[P] for P in directions]
+        buckets = list(chain(*self._buckets))
+        for places, exchange in self._exchanges:
+            present = [p.grad is not None for i in places for p in buckets[i].params]
+            for i, of_ranks in zip(places, exchange.gather([directions[i] for i in places], present), strict=True):
+                everyones[i] = of_ranks
+        return everyones
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's optimizers': options, and state per parameter; deepcopy it to keep it. `checkpoint` lists its keys."""
-        return {**super().state_dict(), "state": checkpoint.pack(self._buckets, self._params())}
+        """As torch's optimizers': options, and state per parameter; deepcopy it to keep it. `checkpoint` lists its keys.
+
+        With several ranks the state of all is that which `consolidate()` gathered, on the CPU. Raises RuntimeError on a rank
+        without it.
+        """
+        if self._ranks.size == 1:
+            state = checkpoint.pack([[bucket] for bucket in chain(*self._buckets)], self._params())
+        elif self._consolidated is None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call consolidate() on "
+                "all ranks after the last step, then state_dict() on the rank that it gathers to"
+            )
+        else:
+            state = self._consolidated
+        return {**super().state_dict(), "state": state}
+
+    @torch.no_grad()
+    def consolidate(self, to: int | None = 0) -> None:
+        """Gather the state of all ranks, for `state_dict()`, to the CPU of one rank of the process group, or with None of all.
+
+        A collective: all ranks must call it. It holds until the next step. On one rank it does nothing.
+        """
+        for _, exchange in self._exchanges:
+            exchange.check()
+        if self._ranks.size > 1:
+            shards = checkpoint.collect(self._buckets, self.param_groups, self._ranks, to)
+            self._consolidated = checkpoint.pack(shards, self._params()) if shards else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a `state_dict()` in, options too, as torch does. Raises ValueError, leaving the optimizer as it was."""
-        groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
-        for group in groups:
-            check_options(group)
-        buckets = [make_buckets(group) for group in groups]
-        checkpoint.unpack(buckets, saved)
+        error = None
+        try:
+            groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
+            for group in groups:
+                check_options(group)
+            load = [0.0] * self._ranks.size
+            buckets = [make_buckets(group, self._ranks.rank, load) for group in groups]
+            checkpoint.unpack(buckets, saved)
+        except Exception as raised:
+            error = raised
+        agree(self._ranks, [], error)
         places = iter(range(len(saved)))
         numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": {}, "param_groups": numbered})
-        self._buckets = buckets
+        self._buckets, self._load, self._consolidated = buckets, load, None
+        self._make_exchanges()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:  # torch keeps only groups and state, for pickle and deepcopy
-        return {**super().__getstate__(), "_buckets": self._buckets}
+        return {**super().__getstate__(), **{name: value for name, value in vars(self).items() if name in KEPT}}
 
 
-def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> None:
-    """Step t = 1, 2, ... of the algorithm for those of a bucket's parameters that have a gradient."""
+def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> Tensor:
+    """Step t = 1, 2, ... of the algorithm for a bucket: the directions of the blocks that this rank owns, a flat vector."""
     plan, decay, decoupled = bucket.layout, group["weight_decay"], group["decoupled_weight_decay"]
-    place = (bucket.dtype, bucket.params[0].device)
+    place = (bucket.dtype, bucket.device)
 
     # 1. Gradients, and weights where decay needs them, from parameters to stacks.
-    moving = [None if p.grad is None else p for p in bucket.params]
-    G = load(plan, [p.grad for p in bucket.params], *place)
-    W = load(plan, moving, *place) if decay else None
+    moving = bucket.moving()
+    G = load(plan, [whole(p.grad) for p in bucket.params], *place)
+    W = load(plan, list(map(whole, moving)), *place) if decay else None
     missing = any(p is None for p in moving)
-    present = load(plan, [None if p is None else torch.ones_like(p) for p in moving], *place) if missing else None
+    present = (
+        load(plan, [None if p is None else torch.ones(p.shape, device=p.device) for p in moving], *place) if missing else None
+    )
+    if not plan.stacks:  # more ranks than blocks
+        return G
     if W is not None and not decoupled:
         G.add_(W, alpha=decay)
 
@@ -169,9 +278,19 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> None:
         P = P.add(W, alpha=decay)
     if bucket.momentum_buffer is not None:
         P = update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
+    return P
 
-    # 3. From stacks back to parameters.
-    apply(plan, moving, P, scale=-group["lr"])
+
+def move(bucket: Bucket, directions: list[Tensor], scale: float) -> None:
+    """W <- W + scale P for the bucket's parameters that have a gradient, P being the directions of all ranks."""
+    moving = bucket.moving()
+    updates = [
+        torch.zeros(p.shape, dtype=bucket.dtype, device=p.device) if p is not None and is_sharded(p) else p for p in moving
+    ]
+    apply(bucket.layouts, updates, directions, scale)
+    for p, whole_update in zip(moving, updates, strict=True):
+        if p is not None and whole_update is not None and whole_update is not p:
+            add_part(p, whole_update)
 
 
 def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:

@@ -1,19 +1,21 @@
 """What the optimizer keeps: buckets of parameters, each with one flat vector per moment and one stack per factor and root."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grafting import WITHOUT_SECOND_MOMENT
-from .layout import Layout, build_layout
+from .layout import Layout, build_layouts
 from .update import block_exponents
 
 
 @dataclass
 class Bucket:
-    """Parameters of one group that share device, state dtype and treatment, with their layout and state.
+    """Parameters of one group that share device, state dtype and treatment, with the state of the blocks that a rank owns.
 
     Moments are flat vectors, None where not needed. Factors, roots and exponents have a list for each stack, with an entry for
     each dimension of its blocks: (B, d, d), or None where the exponent is zero. In a bucket that is not `factored` (parameters
@@ -21,8 +23,10 @@ class Bucket:
     """
 
     params: list[Tensor]
+    device: torch.device  # of the state
     dtype: torch.dtype
-    layout: Layout
+    layouts: list[Layout]  # of each rank
+    layout: Layout  # of the rank whose blocks these are
     factored: bool
     grafting: str
     exponents: list[tuple[float, ...]]
@@ -32,26 +36,80 @@ class Bucket:
     factors: list[list[Tensor | None]]
     inv_roots: list[list[Tensor | None]]
 
+    def moving(self) -> list[Tensor | None]:
+        """The parameters, None for those without a gradient."""
+        return [None if p.grad is None else p for p in self.params]
 
-def make_buckets(group: dict[str, Any]) -> list[Bucket]:
-    """Sort a group's parameters into buckets and allocate their state, all zeros; a parameter without elements is in none."""
+    def zeros(self) -> Tensor:
+        """A flat vector of zeros."""
+        return torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """The name and the flat vector of each moment that the bucket keeps."""
+    return ((name, flat) for name in MOMENTS if (flat := getattr(bucket, name)) is not None)
+
+
+def tensors(bucket: Bucket) -> list[Tensor]:
+    """All state of a bucket, in an order that depends on its layout alone."""
+    matrices = [A for stacks in (bucket.factors, bucket.inv_roots) for stack in stacks for A in stack if A is not None]
+    return [flat for _, flat in moments(bucket)] + matrices
+
+
+def make_buckets(group: dict[str, Any], rank: int, load: list[float]) -> list[Bucket]:
+    """Sort a group's parameters into buckets and allocate a rank's state, all zeros; a parameter without elements is in none.
+
+    `load` has the cost that each rank has to bear for earlier groups; this group's is added.
+    """
     members: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in filter(torch.numel, group["params"]):
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         members.setdefault((p.device, dtype, max(p.shape, default=1) < group["max_dim"]), []).append(p)
-    return [_make_bucket(params, group, dtype, factored) for (_, dtype, factored), params in members.items()]
+    buckets = []
+    for (device, dtype, factored), params in members.items():
+
+        def cost(block: tuple[int, ...], factored: bool = factored) -> float:
+            return block_cost(block, powers(block, group, factored), group["precondition_frequency"])
+
+        layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, load)
+        buckets.append(allocate(params, group, layouts, rank, device, dtype, factored))
+    return buckets
 
 
-def _make_bucket(params: list[Tensor], group: dict[str, Any], dtype: torch.dtype, factored: bool) -> Bucket:
-    layout = build_layout([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"])
+def powers(block: tuple[int, ...], group: dict[str, Any], factored: bool) -> tuple[float, ...]:
+    """The exponent for each dimension of a block, zeros where nothing is factored."""
+    if not factored:
+        return (0.0,) * len(block)
+    return block_exponents(len(block), group["exponents"], group["exponent_multiplier"])
+
+
+def block_cost(block: tuple[int, ...], exponents: tuple[float, ...], frequency: int) -> float:
+    """Floating point operations per step for a block: 20 n of elementwise work, n being its elements, and for each factor of
+    size d 2 n d for its update, 2 n d for preconditioning, and a root each `frequency` steps, for which 25 d^3 is usual.
+    """
+    n = prod(block)
+    return 20 * n + sum(4 * n * d + 25 * d**3 / frequency for d, p in zip(block, exponents, strict=True) if p)
+
+
+def allocate(
+    params: list[Tensor],
+    group: dict[str, Any],
+    layouts: list[Layout],
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    factored: bool,
+) -> Bucket:
+    """A bucket with the state of one rank, all zeros."""
+    layout = layouts[rank]
     grafting = group["grafting"] if factored or group["grafting"] not in WITHOUT_SECOND_MOMENT else "adam"
-    exponents = [
-        block_exponents(len(block), group["exponents"], group["exponent_multiplier"]) if factored else (0.0,) * len(block)
-        for _, *block in layout.stacks
-    ]
+    exponents = [powers(tuple(block), group, factored) for _, *block in layout.stacks]
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=params[0].device)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def moment(needed: bool) -> Tensor | None:
         return zeros(layout.numel) if needed else None
@@ -64,7 +122,9 @@ def _make_bucket(params: list[Tensor], group: dict[str, Any], dtype: torch.dtype
 
     return Bucket(
         params,
+        device,
         dtype,
+        layouts,
         layout,
         factored,
         grafting,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampoo.blocking import cut, merge_dims
-from shampoo.layout import apply, build_layout, flatten, gather, load, stack_views, tile_view
+from shampoo.layout import apply, build_layouts, flatten, gather, load, stack_views, tile_view
 
 shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 
@@ -70,19 +70,19 @@ def test_tiles_cover_every_element_once(shape, block_size):
 def test_load_gather_and_apply_are_consistent(shapes, block_size, merge, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    layout = build_layout(shapes, block_size, merge)
+    (layout,) = build_layouts(shapes, block_size, merge)
     flat = load(layout, tensors, torch.float32, torch.device("cpu"))
     assert flat.numel() == layout.numel == sum(x.numel() for x in tensors)
     assert torch.equal(flatten(stack_views(layout, flat)), flat)
-    assert all(torch.equal(x.view(y.shape), y) for x, y in zip(gather(layout, flat), tensors))
+    assert all(torch.equal(x.view(y.shape), y) for x, y in zip(gather([layout], [flat]), tensors))
     doubled = [x.clone() for x in tensors]
-    apply(layout, [*doubled[:-1], None], flat, 1.0)
+    apply([layout], [*doubled[:-1], None], [flat], 1.0)
     assert all(torch.equal(x, 2 * y) for x, y in zip(doubled[:-1], tensors))
     assert torch.equal(doubled[-1], tensors[-1])
 
 
 def test_a_stack_holds_the_blocks_of_one_shape_in_the_order_of_parameters():
-    layout = build_layout([(4, 6), (2, 3), (5, 3)], block_size=3, merge=False)
+    (layout,) = build_layouts([(4, 6), (2, 3), (5, 3)], block_size=3, merge=False)
     X, Y, Z = torch.arange(24.0).view(4, 6), 100 + torch.arange(6.0).view(2, 3), 200 + torch.arange(15.0).view(5, 3)
     flat = load(layout, [X, Y, Z], torch.float32, torch.device("cpu"))
     by_shape = {tuple(stack.shape[1:]): stack for stack in stack_views(layout, flat)}

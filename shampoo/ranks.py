@@ -1,0 +1,153 @@
+"""Several ranks: who they are, whether they agree, and the one exchange of a step.
+
+Every rank computes the directions of the blocks that it owns; one all-gather gives all directions to all ranks, and each
+applies them to its weights. Ownership is `layout.build_layouts`, a pure function; nothing here depends on what is exchanged.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Replicate
+
+
+class Ranks(NamedTuple):
+    """The ranks that share the blocks out; without a process group one rank has all."""
+
+    group: Any  # a ProcessGroup, or None
+    rank: int
+    size: int
+
+
+ALONE = Ranks(None, 0, 1)
+
+
+def find_ranks(process_group: Any) -> Ranks:
+    """The ranks of a process group or of a one-dimensional DeviceMesh; None is the default group, if there is one.
+
+    Raises ValueError for a mesh of more dimensions.
+    """
+    if process_group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        process_group = dist.group.WORLD
+    if hasattr(process_group, "get_group"):
+        if process_group.ndim != 1:
+            names = process_group.mesh_dim_names
+            raise ValueError(
+                f"process_group is a mesh of dimensions {names}; it must have one: pass mesh[name], the one to share over"
+            )
+        process_group = process_group.get_group()
+    return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
+    """Raise on all ranks unless all have equal descriptions and no error. A collective: no rank goes on alone.
+
+    Raises the rank's own error, or RuntimeError with another rank's, or ValueError with the first line that differs.
+    """
+    if ranks.size > 1:
+        digest = hashlib.sha256("\n".join(description).encode()).hexdigest()
+        seen: list[Any] = [None] * ranks.size
+        dist.all_gather_object(seen, (digest, error and repr(error)), ranks.group)
+        if error is None and (failed := [(r, text) for r, (_, text) in enumerate(seen) if text]):
+            raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+        if not any(text for _, text in seen) and len({digest for digest, _ in seen}) > 1:
+            everything: list[Any] = [None] * ranks.size
+            dist.all_gather_object(everything, list(description), ranks.group)
+            raise ValueError(first_difference(everything))
+    if error is not None:
+        raise error
+
+
+def first_difference(descriptions: list[list[str]]) -> str:
+    """What the ranks' descriptions first differ in."""
+    longest = max(map(len, descriptions))
+    lines = zip(*(lines + ["nothing"] * (longest - len(lines)) for lines in descriptions), strict=True)
+    differing = next(line for line in lines if len(set(line)) > 1)
+    other = next(r for r, text in enumerate(differing) if text != differing[0])
+    return (
+        "all ranks must have the same parameters and options in the same order; "
+        f"rank 0 has {differing[0]} where rank {other} has {differing[other]}"
+    )
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this is a DTensor, as FSDP2 makes them."""
+    return dist.is_available() and isinstance(x, DTensor)
+
+
+def whole(x: Tensor | None) -> Tensor | None:
+    """The whole tensor of a DTensor, a collective of its mesh; any other as it is."""
+    return x.full_tensor() if x is not None and is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def add_part(x: Tensor, update: Tensor) -> None:
+    """x <- x + update for a DTensor x and a whole update: each rank adds to its part."""
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    x.to_local().add_(replicated.redistribute(mesh, placements).to_local())  # type: ignore[attr-defined]
+
+
+class Exchange:
+    """The buffers of one all-gather a step, for what has one device and dtype.
+
+    Rank r sends its vectors end to end, then a flag for each parameter, 1 where it has a gradient there. All ranks send as much
+    as the one with the longest vectors, at every step.
+
+    Args:
+        lengths: for each rank the length of each of its vectors.
+        names: what errors call the parameters.
+        dtype: of what is sent; vectors are rounded to it.
+    """
+
+    def __init__(self, ranks: Ranks, lengths: list[list[int]], names: list[str], device: torch.device, dtype: torch.dtype):
+        self._ranks, self._lengths, self._names = ranks, lengths, names
+        width = max(map(sum, lengths)) + len(names)
+        self._sent = torch.zeros(width, dtype=dtype, device=device)
+        self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
+        self._present: list[bool] = []  # as in the flags of _sent
+        self._differing: Tensor | None = None  # for each parameter, at the newest exchange, on the CPU
+        self._copied: Any = None  # the event after which it may be read
+
+    @property
+    def num_bytes(self) -> int:
+        """What each rank receives in a step."""
+        return self._received.numel() * self._received.element_size()
+
+    def gather(self, vectors: list[Tensor], present: list[bool]) -> list[list[Tensor]]:
+        """For each vector those of all ranks, given this one's. `present` says which parameters have a gradient here."""
+        flags = len(self._names)
+        if present != self._present:
+            self._sent[-flags:] = torch.tensor(present, dtype=self._sent.dtype)
+            self._present = present
+        torch.cat(vectors, out=self._sent[: sum(self._lengths[self._ranks.rank])])
+        dist.all_gather_into_tensor(self._received, self._sent, group=self._ranks.group)
+        rows = self._received.view(self._ranks.size, -1)
+        differing = (rows[:, -flags:] != rows[0, -flags:]).any(dim=0)
+        self._differing = differing.to("cpu", non_blocking=True)
+        if differing.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        rows = rows.to(vectors[0].dtype)
+        split = (row[: sum(n)].split(n) for row, n in zip(rows, self._lengths, strict=True))
+        return list(map(list, zip(*split, strict=True)))
+
+    def check(self) -> None:
+        """Raise RuntimeError, on all ranks alike, if at the newest exchange some ranks had a gradient where others had none.
+
+        To be called at the next step: by then that exchange is over on the device, too, and nothing waits.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._differing is not None and self._differing.any():
+            names = [name for name, differs in zip(self._names, self._differing.tolist(), strict=True) if differs]
+            raise RuntimeError(
+                f"at the last step some ranks had a gradient where others had none: {', '.join(names[:5])}"
+                f"{' and others' if len(names) > 5 else ''}; either all ranks must have one or none"
+            )
