@@ -15,6 +15,8 @@ from torch import Tensor
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 deprecates the older name
+
 
 class Ranks(NamedTuple):
     """The ranks that share the blocks out; without a process group one rank has all."""
@@ -127,7 +129,7 @@ class Exchange:
             self._sent[-flags:] = torch.tensor(present, dtype=self._sent.dtype)
             self._present = present
         torch.cat(vectors, out=self._sent[: sum(self._lengths[self._ranks.rank])])
-        dist.all_gather_into_tensor(self._received, self._sent, group=self._ranks.group)
+        all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
         differing = (rows[:, -flags:] != rows[0, -flags:]).any(dim=0)
         self._differing = differing.to("cpu", non_blocking=True)
