@@ -1,13 +1,12 @@
-"""What each of several ranks does in `test_ranks`: functions of (rank, size) that return plain values, and a pool that runs them."""
+"""What each of several ranks does in `test_ranks`: functions of (rank, size), and a pool of processes that runs them."""
 
-import copy
 import os
 import queue
 import tempfile
 import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -140,3 +139,167 @@ def single_process(steps=50, **options):
     """The same in this process."""
     assert not dist.is_initialized()
     return weights_after(0, 1, steps, **options)
+
+
+def missing_on_one_rank(rank, size):
+    """A gradient is missing on rank 1 at the third step; which steps go through, and the error."""
+    model = build()
+    named = [{"params": list(model.named_parameters())}] if torch.__version__ >= "2.6" else groups_of(model)
+    optimizer = AdamWShampoo(named, **COMMON)
+    for t in range(6):
+        images, words, targets = batch(t)
+        optimizer.zero_grad(set_to_none=True)
+        model(images, words, 1).sub(targets).square().mean().backward()
+        if t == 3 and rank == 1:
+            model.mix.weight.grad = None
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
+
+
+def different_options(rank, size):
+    """Rank 1 asks for another eps, another shape, an unknown option; the errors of each rank."""
+    errors = []
+    for case in range(3):
+        p = torch.zeros(3, 4 + (case == 1 and rank == 1))
+        options = {**COMMON, "eps": 1e-3 if case == 0 and rank == 1 else 1e-4}
+        try:
+            AdamWShampoo([{"params": [p], **({"momentun": 0.9} if case == 2 and rank == 1 else {})}], **options)
+        except (ValueError, RuntimeError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def fully_sharded(rank, size, sizes):
+    """FSDP2 on layers of these sizes: the weights after some steps, and this rank's numbers of state."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # torch 2.5
+        from torch.distributed._composable.fsdp import fully_shard
+    model = layers(sizes)
+    mesh = init_device_mesh("cpu", (size,))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
+    train_layers(model, optimizer)
+    return whole_weights(model), state_size(optimizer)
+
+
+def layers(sizes):
+    torch.manual_seed(0)
+    return nn.Sequential(*(x for a, b in pairwise(sizes) for x in (nn.Linear(a, b), nn.Tanh())))
+
+
+def train_layers(model, optimizer, steps=50):
+    for t in range(steps):
+        draw = torch.Generator().manual_seed(t)
+        optimizer.zero_grad(set_to_none=True)
+        x = torch.randn(16, model[0].in_features, generator=draw)
+        model(x).sub(torch.randn(16, model[-2].out_features, generator=draw)).square().mean().backward()
+        optimizer.step()
+
+
+def fully_sharded_alone(sizes):
+    model = layers(sizes)
+    optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
+    train_layers(model, optimizer)
+    return whole_weights(model), state_size(optimizer)
+
+
+def state_size(optimizer):
+    """The numbers that a rank keeps."""
+    from shampoo.state import tensors
+
+    return sum(x.numel() for buckets in optimizer._buckets for bucket in buckets for x in tensors(bucket))
+
+
+def received_bytes(rank, size):
+    """Bytes that the exchange of a step brings to a rank, and the numbers of parameters."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    optimizer = AdamWShampoo(model.parameters(), **COMMON)
+    half = AdamWShampoo(model.parameters(), **COMMON, exchange_dtype=torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    return [sum(exchange.num_bytes for _, exchange in x._exchanges) / count for x in (optimizer, half)]
+
+
+def checkpointed(rank, size, path, first, last, dtype=torch.float32):
+    """Train from a checkpoint at step `first`, if not 0, to step `last`, and write one there; the weights and the rate."""
+    model = build(dtype=dtype)
+    optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5})
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    if first:
+        saved = torch.load(f"{path}/{first}", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+    train(model, optimizer, range(first, last), scheduler)
+    optimizer.consolidate()
+    if rank == 0:
+        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        torch.save(saved, f"{path}/{last}")
+    if size > 1:
+        dist.barrier()
+    return whole_weights(model), scheduler.get_last_lr()
+
+
+def unconsolidated(rank, size):
+    """What state_dict() says without consolidate(), on the other rank after it, and after one more step."""
+    model = build()
+    optimizer = AdamWShampoo(model.parameters(), **COMMON)
+    errors = []
+    for prepare in (lambda: None, optimizer.consolidate, lambda: train(model, optimizer, [0])):
+        prepare()
+        try:
+            optimizer.state_dict()
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+def distributed_checkpoint(rank, size, path, first, last):
+    """As `checkpointed`, by torch.distributed.checkpoint and its state dicts by parameter name."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = build()
+    optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5})
+    if first:
+        optimizer.consolidate(to=None)
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{path}/{first}")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    train(model, optimizer, range(first, last))
+    optimizer.consolidate(to=None)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{path}/{last}")
+    return whole_weights(model)
+
+
+def replicated(rank, size):
+    """Two groups of ranks that each share the blocks out: the weights after some steps, and this rank's numbers of state."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    model = build()
+    optimizer = AdamWShampoo(groups_of(model), **COMMON, process_group=mesh["shard"])
+    train(model, optimizer, range(50))
+    return whole_weights(model), state_size(optimizer)
+
+
+def few_blocks(rank, size):
+    """A single small matrix: some ranks own nothing."""
+    torch.manual_seed(0)
+    p = torch.randn(3, 4, requires_grad=True)
+    optimizer = AdamWShampoo([p], **{**COMMON, "start_preconditioning_step": 5, "precondition_frequency": 5})
+    for t in range(20):
+        p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(t))
+        optimizer.step()
+    optimizer.consolidate(to=None)
+    return p.detach().clone(), state_size(optimizer), list(optimizer.state_dict()["state"][0])

@@ -36,3 +36,95 @@ def test_all_ranks_have_the_weights_of_one(pools, size, options):
     for other in weights[1:]:
         assert all(map(torch.equal, weights[0], other))
     assert largest_difference(weights[0], single_process(**options)) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_more_ranks_than_blocks(pools, size):
+    results = pools(size).run(rank_checks.few_blocks)
+    alone, _, keys = rank_checks.few_blocks(0, 1)
+    assert all(torch.equal(result[0], results[0][0]) for result in results)
+    assert largest_difference([results[0][0]], [alone]) <= 1e-6
+    assert sorted(numbers > 0 for _, numbers, _ in results) == [False] * (size - 1) + [True]
+    assert all(result[2] == keys for result in results)
+
+
+def test_a_gradient_missing_on_one_rank_is_an_error_on_all_a_step_later(pools):
+    results = pools(2).run(rank_checks.missing_on_one_rank)
+    assert [t for t, _ in results] == [4, 4]
+    name = "mix.weight" if torch.__version__ >= "2.6" else r"shape \(24, 20\)"
+    assert all("some ranks had a gradient where others had none" in text for _, text in results)
+    assert all(name.replace("\\", "") in text for _, text in results)
+
+
+def test_ranks_that_differ_are_an_error_at_construction(pools):
+    for rank, errors in enumerate(pools(2).run(rank_checks.different_options)):
+        assert "rank 0 has group 0 with eps 0.0001 where rank 1 has group 0 with eps 0.001" in errors[0]
+        assert "rank 0 has parameter 0 of shape (3, 4)" in errors[1]
+        assert "rank 1 has parameter 0 of shape (3, 5)" in errors[1]
+        assert ("ValueError: a parameter group has" if rank else "RuntimeError: rank 1 failed: ValueError") in errors[2]
+        assert "momentun" in errors[2]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["cut", "uneven and empty"])
+def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
+    results = pools(size).run(rank_checks.fully_sharded, sizes=sizes)
+    weights, numbers = rank_checks.fully_sharded_alone(sizes)
+    for result, _ in results:
+        assert all(map(torch.equal, result, results[0][0]))
+    assert largest_difference(results[0][0], weights) <= 1e-6
+    assert sum(of_rank for _, of_rank in results) == numbers
+    if sizes[0] > 5:
+        assert max(of_rank for _, of_rank in results) < 1.5 * numbers / size
+
+
+def test_the_exchange_takes_four_bytes_a_parameter(pools):
+    for full, half in pools(4).run(rank_checks.received_bytes):
+        assert 4 <= full <= 4.1
+        assert 2 <= half <= 2.05
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_bfloat16_exchange_keeps_ranks_equal(pools, size):
+    weights = pools(size).run(rank_checks.weights_after, exchange_dtype=torch.bfloat16)
+    assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
+    exact = single_process()
+    moved = largest_difference(exact, single_process(steps=0))
+    assert 0 < largest_difference(weights[0], exact) < 0.02 * moved
+
+
+def test_groups_of_ranks_share_out_and_replicate(pools):
+    results = pools(4).run(rank_checks.replicated)
+    assert all(all(map(torch.equal, results[0][0], weights)) for weights, _ in results[1:])
+    assert largest_difference(results[0][0], single_process()) <= 1e-6
+    assert results[0][1] == results[2][1]
+    assert results[1][1] == results[3][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(pools, tmp_path, dtype):
+    whole, rates = rank_checks.checkpointed(0, 1, tmp_path, 0, 45, dtype=dtype)
+    pools(2).run(rank_checks.checkpointed, path=str(tmp_path), first=0, last=15, dtype=dtype)
+    pools(4).run(rank_checks.checkpointed, path=str(tmp_path), first=15, last=30, dtype=dtype)
+    resumed, resumed_rates = rank_checks.checkpointed(0, 1, tmp_path, 30, 45, dtype=dtype)
+    assert resumed_rates == rates
+    if dtype == torch.float32:
+        assert largest_difference(resumed, whole) <= 1e-6
+    else:
+        assert all(map(torch.equal, resumed, whole))
+    state = torch.load(tmp_path / "45", weights_only=True)["optimizer"]["state"]
+    assert {x.dtype for of_parameter in state.values() for x in of_parameter.values()} == {torch.float32}
+
+
+def test_a_state_dict_needs_consolidate(pools):
+    first, second = pools(2).run(rank_checks.unconsolidated)
+    assert first[1] == ""
+    for text in (first[0], first[2], *second):
+        assert "call consolidate() on all ranks" in text
+
+
+def test_torchs_distributed_checkpoints(pools, tmp_path):
+    whole = rank_checks.weights_after(0, 1, 45, start_preconditioning_step=10, precondition_frequency=5)
+    for size, first, last in ((2, 0, 15), (4, 15, 30), (2, 30, 45)):
+        weights = pools(size).run(rank_checks.distributed_checkpoint, path=str(tmp_path), first=first, last=last)
+    assert largest_difference(weights[0], whole) <= 1e-6

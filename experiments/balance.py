@@ -1,0 +1,69 @@
+"""How evenly the blocks of AlgoPerf's models are shared out among ranks: `python -m experiments.balance --ranks=8`.
+
+For each workload the largest cost of a rank over the mean cost: by this project's rule, the cost of a block and the dearest
+first; by the competition's rule, the bytes of a block, rounded up to 64, and the largest first; and the best that any rule can
+do with blocks that size. Costs are `shampoo.state.block_cost`'s, with the competition's options.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from absl import app, flags
+
+from shampoo import AdamWShampoo
+from shampoo.layout import assign
+from shampoo.state import Bucket, block_cost, make_buckets, powers
+
+SHAPES = Path(__file__).with_name("algoperf_parameters.json")
+OPTIONS = {"block_size": 1024, "precondition_frequency": 100, "grafting": "adam"}
+
+FLAGS = flags.FLAGS
+
+
+def load_shapes() -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of all parameters of AlgoPerf's eight workloads (v0.6)."""
+    return {name: [tuple(shape) for _, _, shape in entries] for name, entries in json.loads(SHAPES.read_text()).items()}
+
+
+def blocks_of(bucket: Bucket) -> list[tuple[int, ...]]:
+    """The shape of each block of all ranks."""
+    return [tuple(block) for layout in bucket.layouts for count, *block in layout.stacks for _ in range(count)]
+
+
+def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
+    """The row of the table for parameters of these shapes."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    group = AdamWShampoo(params, **OPTIONS).param_groups[0]
+    load = [0.0] * ranks
+    buckets = make_buckets(group, 0, load)
+    blocks = [
+        (block, block_cost(block, powers(block, group, bucket.factored), group["precondition_frequency"]))
+        for bucket in buckets
+        for block in blocks_of(bucket)
+    ]
+    bytes_owners = assign([-(-4 * prod(block) // 64) * 64 for block, _ in blocks], [0.0] * ranks)
+    by_bytes = [sum(cost for (_, cost), owner in zip(blocks, bytes_owners, strict=True) if owner == r) for r in range(ranks)]
+    mean = sum(load) / ranks
+    sent = max(sum(bucket.layouts[r].numel for bucket in buckets) for r in range(ranks)) + len(shapes)
+    return {
+        "blocks": len(blocks),
+        "max/mean cost": max(load) / mean,
+        "by bytes": max(by_bytes) / mean,
+        "lower bound": max(1.0, max(cost for _, cost in blocks) / mean),
+        "exchanged bytes per parameter": 4 * ranks * sent / sum(map(prod, shapes)),
+    }
+
+
+def main(_: Any) -> None:
+    """Print the table."""
+    table = pd.DataFrame({name: balance(shapes, FLAGS.ranks) for name, shapes in load_shapes().items()}).T
+    print(table.astype({"blocks": int}).round(4).to_string())
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("ranks", 8, "among how many", lower_bound=1)
+    app.run(main)
