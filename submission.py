@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from absl import flags, logging
 from algoperf import spec
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 if __package__:  # AlgoPerf imports submissions.external_tuning.NAME.submission from its root, or `submission` from this folder
     from .shampoo import AdamWShampoo
@@ -36,6 +38,27 @@ BATCH_SIZES = {  # as published
 LOGGING_PERIOD = 50  # steps; reading the loss waits for the device
 
 
+class Shampoo(AdamWShampoo):
+    """AdamWShampoo whose `state_dict()` never ends a run.
+
+    AlgoPerf calls it on rank 0 alone, after `prepare_for_eval` gathered the state; with --skip_evals nothing gathers it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of AdamWShampoo; without the state of the other ranks one that says so and cannot be loaded."""
+        try:
+            return super().state_dict()
+        except RuntimeError as error:
+            logging.error(f"this checkpoint cannot be resumed from: {error}")
+            return {"not_resumable": str(error)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As AdamWShampoo's. Raises ValueError for what was saved without the state of other ranks."""
+        if "not_resumable" in state_dict:
+            raise ValueError(f"this checkpoint cannot be resumed from: {state_dict['not_resumable']}")
+        super().load_state_dict(state_dict)
+
+
 def get_batch_size(workload_name: str) -> int:
     """The global batch size. Raises ValueError for another name: AlgoPerf then asks for the base workload's."""
     if workload_name not in BATCH_SIZES:
@@ -52,7 +75,7 @@ def init_optimizer_state(
 ) -> spec.OptimizerState:
     """The optimizer and its learning-rate schedule. Raises ValueError for a hyperparameter that is missing or out of range."""
     options = optimizer_options(hyperparameters._asdict())
-    optimizer = AdamWShampoo(model_params.parameters(), **options)
+    optimizer = Shampoo(model_params.parameters(), **options)
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
     warmup_steps = int(hyperparameters.warmup_factor * num_steps)
     scheduler = warmup_cosine(optimizer, num_steps, warmup_steps, hyperparameters.schedule_tail)
@@ -94,6 +117,8 @@ def update_params(
     )
     local_loss, loss = global_loss(losses["summed"], losses["n_valid_examples"])
     local_loss.backward()
+    if dist.is_initialized() and not any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        average_gradients(model)
 
     log = workload.metrics_logger is not None and global_step % LOGGING_PERIOD == 0
     grad_clip = getattr(hyperparameters, "grad_clip", None)
@@ -121,7 +146,9 @@ def prepare_for_eval(
     global_step: int,
     rng: spec.RandomState,
 ) -> spec.UpdateReturn:
-    """Nothing to prepare: the weights that train are the weights to evaluate."""
+    """Gather the state of all ranks on rank 0 if a checkpoint follows. The weights that train are the weights to evaluate."""
+    if saves_checkpoints():
+        optimizer_state["optimizer"].consolidate()
     return optimizer_state, current_param_container, model_state
 
 
@@ -151,6 +178,20 @@ def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
         dist.all_reduce(totals)
         ranks = dist.get_world_size()
     return summed * ranks / totals[1], totals[0] / totals[1]
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Make every gradient the mean over ranks. AlgoPerf resumes with a model that DDP, which did that, no longer wraps."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    means = [part.view(grad.shape) for part, grad in zip(flat.split([grad.numel() for grad in grads]), grads, strict=True)]
+    torch._foreach_copy_(grads, means)
+
+
+def saves_checkpoints() -> bool:
+    """Whether the run saves checkpoints: as the runner's flag says, if there is one."""
+    return bool(flags.FLAGS["save_checkpoints"].value) if "save_checkpoints" in flags.FLAGS else True
 
 
 def gradient_norm(model: torch.nn.Module) -> Tensor:

@@ -12,9 +12,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from shampoo.schedule import warmup_cosine
-from submission import data_selection, get_batch_size, prepare_for_eval, update_params
+from submission import data_selection, get_batch_size, update_params
 
 __all__ = ["data_selection", "get_batch_size", "prepare_for_eval", "update_params", "with_schedule"]
+
+
+def prepare_for_eval(*, optimizer_state: Any, current_param_container: Any, model_state: Any, **others: Any) -> Any:
+    """Nothing to prepare."""
+    return optimizer_state, current_param_container, model_state
 
 
 def with_schedule(optimizer: Optimizer, workload: Any, hyperparameters: Any) -> dict[str, Any]:
