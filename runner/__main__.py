@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from . import ALGOPERF
+from . import ALGOPERF, distributed
 from .data import DataError
 from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
@@ -68,9 +68,10 @@ for _name, _reason in MEANINGLESS_SWITCHES.items():
 
 
 def say(text: str) -> None:
-    """Print a line, above the progress line where there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print a line, above the progress line where there is one; of several ranks only the first does."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def load_submission(path: str) -> ModuleType:
@@ -116,7 +117,8 @@ class Progress:
         self._title, self._metric = title, workload.target_metric_name
         self._budget = workload.max_allowed_runtime_sec
         self._begun: tuple[float, int] | None = None  # clock and step of the first call
-        self._line = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
+        self._line = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, disable=quiet)
 
     def __call__(self, step: int, logger: MetricLogger, evaluated: bool, seconds: float) -> None:
         """Show the newest metrics after a step; `seconds` is the submission's time so far."""
@@ -159,9 +161,27 @@ def check_resumable(trials: list[Path]) -> None:
             raise ValueError(f"{trial} has no checkpoint to continue from; give --overwrite to start anew, or another name")
 
 
+def prepare_folder(points: list[Any]) -> Path:
+    """The run's folder, made if it is new. Raises as `experiment_folder` and `check_resumable` do."""
+    places = FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload
+    folder = experiment_folder(*places, FLAGS.resume_last_run, FLAGS.overwrite)
+    check_resumable([folder / f"trial_{i}" for i, _ in chosen(points)])
+    return folder
+
+
 def chosen(points: list[Any]) -> list[tuple[int, Any]]:
     """The points that the flags choose, with their numbers from 1."""
     return list(islice(enumerate(points, start=1), FLAGS.hparam_start_index, FLAGS.hparam_end_index))
+
+
+def begin(trial: Path, point: Any) -> tuple[dict[str, Any], int]:
+    """Make a trial's folder; the hyperparameters, those of the run that is continued if there is one, and the seed."""
+    trial.mkdir(exist_ok=True)
+    saved = trial / "hparams.json"
+    values = json.loads(saved.read_text()) if saved.exists() else point._asdict()
+    write_json(saved, values)
+    (trial / "error.txt").unlink(missing_ok=True)
+    return values, trial_seed(trial)
 
 
 def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> None:
@@ -177,21 +197,19 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
     )
     for i, point in chosen(points):
         trial = folder / f"trial_{i}"
-        trial.mkdir(exist_ok=True)
-        if (saved := trial / "hparams.json").exists():
-            values = json.loads(saved.read_text())
-            point = collections.namedtuple("Hyperparameters", values)(**values)
-        write_json(saved, point._asdict())
+        values, seed = distributed.from_first(begin(trial, point) if distributed.rank() == 0 else None)
+        point = collections.namedtuple("Hyperparameters", values)(**values)
         progress = Progress(f"trial {i}/{len(points)}", workload)
-        (trial / "error.txt").unlink(missing_ok=True)
         try:
-            run_trial(workload, submission, point, trial_seed(trial), trial, settings, progress)
+            run_trial(workload, submission, point, seed, trial, settings, progress)
         except KeyboardInterrupt:
             say(f"interrupted in trial {i}; --resume_last_run continues it from its last evaluation")
             return
         except Exception as error:
             (trial / "error.txt").write_text(traceback.format_exc())
             say(f"trial {i} failed: {error!r}; see {trial / 'error.txt'}")
+            if distributed.size() > 1:
+                raise  # the other ranks may be waiting for this one: torchrun ends them
         finally:
             progress.close()
 
@@ -215,6 +233,7 @@ def summarize(workload: LaptopWorkload, folder: Path) -> None:
 
 def main(_: list[str]) -> None:
     """Check all that can be checked before the first step, run the trials, sum up."""
+    distributed.start()
     say(ALGOPERF)
     for name, reason in (MEANINGLESS | MEANINGLESS_SWITCHES).items():
         if FLAGS[name].present:
@@ -226,14 +245,12 @@ def main(_: list[str]) -> None:
         if not chosen(points):
             raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
         check_points(workload, submission, points)
-        folder = experiment_folder(
-            FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
-        )
-        check_resumable([folder / f"trial_{i}" for i, _ in chosen(points)])
+        folder = distributed.from_first(prepare_folder(points) if distributed.rank() == 0 else None)
     except (ValueError, FileExistsError, DataError) as error:
         sys.exit(f"error: {error}")
     run_trials(workload, submission, points, folder)
-    summarize(workload, folder)
+    if distributed.rank() == 0:
+        summarize(workload, folder)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from algoperf import spec
+from torch.nn.parallel import DistributedDataParallel
 
+from . import distributed
 from .logs import MetricLogger, drop_rows_after, latest_checkpoint, meta_data, save_checkpoint, write_json
 from .workloads.base import DEVICE, LaptopWorkload
 
@@ -55,10 +57,10 @@ def fold_in(rng: np.ndarray, data: int) -> np.ndarray:
 
 
 def now() -> float:
-    """Seconds, after the device has finished its work."""
+    """Seconds, after the device has finished its work; of several ranks the latest's, so that all decide alike."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.time()
+    return max(distributed.of_all(time.time()))
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Trial:
     global_step: int
     preemption_count: int
     start: float = 0.0
-    logger: MetricLogger = field(init=False)
+    logger: MetricLogger | None = None  # of rank 0
 
     def arguments(self) -> dict[str, Any]:
         """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
@@ -109,7 +111,7 @@ def run_trial(
 
     The trial goes on from its folder's latest checkpoint, if there is one; one that is finished stays as it is. `progress` is
     called after every step with the step, the logger, whose `last` holds the newest metrics, whether an evaluation followed,
-    and the submission's seconds so far.
+    and the submission's seconds so far. Of several ranks only the first logs, saves and calls it.
     """
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
@@ -133,10 +135,11 @@ def run_trial(
     restore(trial)
     if finished(trial.train_state):
         return
-    trial.logger = MetricLogger(folder, trial.global_step)
-    write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
-    write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
-    workload.attach_metrics_logger(trial.logger)
+    if distributed.rank() == 0:
+        trial.logger = MetricLogger(folder, trial.global_step)
+        write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
+        write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
+        workload.attach_metrics_logger(trial.logger)
 
     state = trial.train_state
     trial.start = state["last_step_end_time"] = now()
@@ -144,13 +147,15 @@ def run_trial(
         select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, trial.global_step), 4)
         step_end = step(trial, select_rng, update_rng)
         evaluated = evaluation_due(trial, step_end) and evaluate(trial, prepare_rng, eval_rng)
-        progress(trial.global_step, trial.logger, evaluated, state["accumulated_submission_time"])
+        if trial.logger is not None:
+            progress(trial.global_step, trial.logger, evaluated, state["accumulated_submission_time"])
         state["last_step_end_time"] = now()
 
-    score = {"score": state["accumulated_submission_time"]}
-    trial.logger.append_scalar_metrics(score, trial.global_step, trial.preemption_count)
-    trial.logger.finish()
-    save(trial)
+    if trial.logger is not None:
+        score = {"score": state["accumulated_submission_time"]}
+        trial.logger.append_scalar_metrics(score, trial.global_step, trial.preemption_count)
+        trial.logger.finish()
+        save(trial)
 
 
 def finished(train_state: dict[str, Any]) -> bool:
@@ -215,8 +220,9 @@ def evaluate(trial: Trial, prepare_rng: np.ndarray, eval_rng: np.ndarray) -> boo
     result["score"], result["total_duration"] = state["accumulated_submission_time"], end - trial.start
     result |= {name: value for name, value in state.items() if name.startswith("accumulated_")}
     trial.eval_results.append((trial.global_step, result))
-    trial.logger.append_scalar_metrics(result, trial.global_step, trial.preemption_count, is_eval=True)
-    save(trial)
+    if trial.logger is not None:
+        trial.logger.append_scalar_metrics(result, trial.global_step, trial.preemption_count, is_eval=True)
+        save(trial)
     state["accumulated_logging_time"] += now() - end
     return True
 
@@ -228,7 +234,7 @@ def save(trial: Trial) -> None:
     """Write a checkpoint, if the run has checkpoints."""
     if trial.settings.save_checkpoints:
         state = {
-            "model_params": trial.model.state_dict(),
+            "model_params": bare(trial.model).state_dict(),
             "optimizer_state": {key: x.state_dict() for key, x in trial.optimizer_state.items() if hasattr(x, "state_dict")},
             "model_state": trial.model_state,
             **{name: getattr(trial, name) for name in SAVED},
@@ -236,12 +242,17 @@ def save(trial: Trial) -> None:
         save_checkpoint(trial.folder, state, trial.settings.save_intermediate_checkpoints)
 
 
+def bare(model: Any) -> Any:
+    """The model that DDP wraps, so that a checkpoint does not depend on the number of ranks."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def restore(trial: Trial) -> None:
     """Go back to the folder's latest checkpoint, if there is one: the same weights, the same state, the next batch of data."""
     checkpoint = latest_checkpoint(trial.folder, DEVICE)
     if checkpoint is None:
         return
-    trial.model.load_state_dict(checkpoint["model_params"])
+    bare(trial.model).load_state_dict(checkpoint["model_params"])
     for key, value in checkpoint["optimizer_state"].items():
         trial.optimizer_state[key].load_state_dict(value)
     trial.model_state = checkpoint["model_state"]
@@ -250,6 +261,6 @@ def restore(trial: Trial) -> None:
     if finished(trial.train_state):
         return
     trial.preemption_count += 1
-    for name in ("measurements.csv", "eval_measurements.csv"):
+    for name in ("measurements.csv", "eval_measurements.csv") if distributed.rank() == 0 else ():
         drop_rows_after(trial.folder / name, trial.global_step)
     trial.queue = islice(trial.queue, trial.global_step, None)

@@ -392,3 +392,35 @@ def test_metrics_reach_tensorboard(tmp_path):
 def test_an_experiment_stays_inside_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="must name a folder inside"):
         experiment_folder(str(tmp_path / "a"), name, "w", resume=False, overwrite=True)
+
+
+def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):
+    """Each rank has half of a batch and half of the evaluation; the first one writes."""
+    flags = [
+        *(
+            "--workload=airports_dlrm",
+            "--submission_path=submission.py",
+            "--tuning_search_space=runner/tuning_search_space.json",
+        ),
+        *(f"--experiment_dir={tmp_path}", "--eval_every_steps=10", "--rng_seed=3"),
+    ]
+
+    def start(ranks, name, steps):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        result = subprocess.run(
+            [sys.executable, *launcher, "-m", "runner", *flags, f"--experiment_name={name}", f"--max_global_steps={steps}"]
+            + (["--resume_last_run"] if (tmp_path / name).exists() else []),
+            cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    printed = start(2, "two", 20)
+    assert printed.count("picture:") == 1
+    start(1, "two", 40)
+    start(1, "one", 40)
+    two, one = (pd.read_csv(tmp_path / name / "airports_dlrm_pytorch/trial_1/eval_measurements.csv") for name in ("two", "one"))
+    assert list(two["global_step"]) == list(one["global_step"]) == [1, 10, 20, 30, 40]
+    for split in ("train", "validation", "test"):
+        np.testing.assert_allclose(two[f"{split}/loss"], one[f"{split}/loss"], rtol=1e-4)
+        assert list(two[f"{split}/num_examples"]) == list(one[f"{split}/num_examples"]) if split != "train" else True

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from algoperf import spec
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import distributed
 
 Split = dict[str, Any]  # "inputs" and "targets": a tensor or a tuple of tensors, each with one row per example
 
@@ -101,27 +104,33 @@ class LaptopWorkload(spec.Workload):
         repeat_final_dataset: bool | None = None,
         num_batches: int | None = None,
     ) -> Iterator[Split]:
-        """Train: endless batches, shuffled anew each epoch, the remainder of an epoch left out. Else: one pass in order."""
+        """Train: endless batches, shuffled anew each epoch, the remainder of an epoch left out. Else: one pass in order.
+
+        Of several ranks each gets its equal part of a training batch, and every so manieth of the other batches.
+        """
         examples, size = self._splits[split], self._size(split)
+        rank, ranks = distributed.rank(), distributed.size()
         if split != "train":
-            for first in range(0, size, global_batch_size):
+            for first in range(rank * global_batch_size, size, ranks * global_batch_size):
                 yield rows(examples, slice(first, first + global_batch_size))
             return
+        if global_batch_size % ranks:
+            raise ValueError(f"the batch size is {global_batch_size}; it must be a multiple of {ranks}, the number of ranks")
         if global_batch_size > size:
             raise ValueError(f"the batch size is {global_batch_size}; it must be at most {size}, the number of examples")
         shuffle = np.random.default_rng(np.asarray(data_rng, dtype=np.uint32))
         while True:
             order = torch.from_numpy(shuffle.permutation(size)).to(DEVICE)
             for first in range(0, size - global_batch_size + 1, global_batch_size):
-                yield rows(examples, order[first : first + global_batch_size])
+                yield rows(examples, order[first : first + global_batch_size].chunk(ranks)[rank])
 
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
-        """A new model on the device; the weights depend on rng alone."""
+        """A new model on the device, wrapped in DDP if there are several ranks; the weights depend on rng alone."""
         torch.manual_seed(int(rng[0]))
         model = self.build_model().to(DEVICE)
         self._param_shapes = {name: spec.ShapeTuple(tuple(p.shape)) for name, p in model.named_parameters()}
         self._param_types = parameter_types(model)
-        return model, None
+        return DistributedDataParallel(model) if distributed.size() > 1 else model, None
 
     def is_output_params(self, param_key: str) -> bool:
         """Whether this is a parameter of the last layer, which models here call `output`."""
@@ -174,11 +183,13 @@ class LaptopWorkload(spec.Workload):
         global_step: int = 0,
     ) -> dict[str, float]:
         sums: dict[str, float] = {}
+        model = params.module if isinstance(params, DistributedDataParallel) else params  # DDP would wait for all ranks
         for batch in self._build_input_queue(rng, split, data_dir, global_batch_size):
-            logits, _ = self.model_fn(params, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
+            logits, _ = self.model_fn(model, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
             for name, value in self.metric_sums(logits, batch["targets"]).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return self.metrics(sums, num_examples)
+        of_ranks = [of_rank for of_rank in distributed.of_all(sums) if of_rank]  # a rank may have had no batch
+        return self.metrics({name: sum(of_rank[name] for of_rank in of_ranks) for name in of_ranks[0]}, num_examples)
 
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
