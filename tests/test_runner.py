@@ -6,10 +6,13 @@ import runner  # noqa: F401  brings algoperf.spec
 
 import inspect
 import json
+import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -424,3 +427,44 @@ def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):
     for split in ("train", "validation", "test"):
         np.testing.assert_allclose(two[f"{split}/loss"], one[f"{split}/loss"], rtol=1e-4)
         assert list(two[f"{split}/num_examples"]) == list(one[f"{split}/num_examples"]) if split != "train" else True
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """kill -9 at whatever step it is, then --resume_last_run: weights, optimizer, schedule and learning rate are the same."""
+    flags = (
+        "--tuning_search_space=runner/tuning_search_space.json",
+        "--max_global_steps=60",
+        "--eval_every_steps=4",
+        "--rng_seed=3",
+    )
+    run(tmp_path, *flags, workload="airports_dlrm", name="whole")
+    command = [sys.executable, "-m", "runner", "--workload=airports_dlrm", "--submission_path=submission.py", *flags]
+    command += [f"--experiment_dir={tmp_path}", "--experiment_name=killed"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        folder = tmp_path / "killed" / "airports_dlrm_pytorch" / "trial_1"
+        while process.poll() is None and not any(folder.glob("checkpoint_*")):
+            time.sleep(0.01)
+        time.sleep(random.Random(os.getpid()).random() * 0.2)
+        process.kill()
+    run(tmp_path, *flags, "--resume_last_run", workload="airports_dlrm", name="killed")
+    whole, killed = (
+        torch.load(tmp_path / name / "airports_dlrm_pytorch/trial_1/checkpoint_60", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    assert killed["preemption_count"] == 1
+    for key in ("model_params", "optimizer_state"):
+        assert_equal(whole[key], killed[key])
+
+
+def assert_equal(x, y):
+    """Bit for bit."""
+    if isinstance(x, dict):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert_equal(x[key], y[key])
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y)
+        for pair in zip(x, y, strict=True):
+            assert_equal(*pair)
+    else:
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
