@@ -96,6 +96,12 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {names[i] if names else i} of shape {tuple(group['params'][i].shape)}"
 
 
+def describe(group: dict[str, Any]) -> list[str]:
+    """A line for each option and parameter of a group: what all ranks must have alike."""
+    parameters = (f"{parameter_name(group, i)} of {p.dtype}" for i, p in enumerate(group["params"]))
+    return [*(f"option {name} = {group[name]!r}" for name in OPTIONS), *parameters]
+
+
 def check_parameters(group: dict[str, Any]) -> None:
     """Raise ValueError if a parameter is not a dense tensor of a real floating dtype."""
     for i, p in enumerate(group["params"]):

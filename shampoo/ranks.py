@@ -5,12 +5,14 @@ applies them to its weights. Ownership is `layout.build_layouts`, a pure functio
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .state import Bucket
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate
@@ -97,24 +99,27 @@ def add_part(x: Tensor, update: Tensor) -> None:
 
 
 class Exchange:
-    """The buffers of one all-gather a step, for what has one device and dtype.
+    """The buffers of one all-gather a step, for the buckets of one device and dtype.
 
-    Rank r sends its vectors end to end, then a flag for each parameter, 1 where it has a gradient there. All ranks send as much
-    as the one with the longest vectors, at every step.
+    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and a last one, 1 if
+    its step failed. All ranks send as much as the one with the most, at every step.
 
     Args:
-        lengths: for each rank the length of each of its vectors.
+        buckets: with their places among the optimizer's.
         names: what errors call the parameters.
-        dtype: of what is sent; vectors are rounded to it.
+        dtype: of what is sent; directions are rounded to it.
     """
 
-    def __init__(self, ranks: Ranks, lengths: list[list[int]], names: list[str], device: torch.device, dtype: torch.dtype):
-        self._ranks, self._lengths, self._names = ranks, lengths, names
-        width = max(map(sum, lengths)) + len(names)
+    def __init__(self, ranks: Ranks, buckets: dict[int, Bucket], names: dict[Tensor, str], dtype: torch.dtype):
+        self._ranks, self._buckets = ranks, buckets
+        self._names = [names[p] for bucket in buckets.values() for p in bucket.params]
+        self._lengths = [[bucket.layouts[r].numel for bucket in buckets.values()] for r in range(ranks.size)]
+        width = max(map(sum, self._lengths)) + len(self._names) + 1
+        device = next(iter(buckets.values())).device
         self._sent = torch.zeros(width, dtype=dtype, device=device)
         self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
-        self._present: list[bool] = []  # as in the flags of _sent
-        self._differing: Tensor | None = None  # for each parameter, at the newest exchange, on the CPU
+        self._flags: list[bool] = []  # as in _sent
+        self._differing: Tensor | None = None  # whether ranks had other flags at the newest exchange, on the CPU
         self._copied: Any = None  # the event after which it may be read
 
     @property
@@ -122,34 +127,48 @@ class Exchange:
         """What each rank receives in a step."""
         return self._received.numel() * self._received.element_size()
 
-    def gather(self, vectors: list[Tensor], present: list[bool]) -> list[list[Tensor]]:
-        """For each vector those of all ranks, given this one's. `present` says which parameters have a gradient here."""
-        flags = len(self._names)
-        if present != self._present:
-            self._sent[-flags:] = torch.tensor(present, dtype=self._sent.dtype)
-            self._present = present
-        torch.cat(vectors, out=self._sent[: sum(self._lengths[self._ranks.rank])])
+    def gather(self, directions: list[Tensor], failed: bool) -> Iterator[tuple[int, list[Tensor]]]:
+        """For each bucket its place and the directions of all ranks, given this one's for each place."""
+        own = [directions[place] for place in self._buckets]
+        flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + [failed]
+        if flags != self._flags:
+            self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
+            self._flags = flags
+        torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
-        differing = (rows[:, -flags:] != rows[0, -flags:]).any(dim=0)
+        differing = (rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0)
         self._differing = differing.to("cpu", non_blocking=True)
         if differing.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
-        rows = rows.to(vectors[0].dtype)
-        split = (row[: sum(n)].split(n) for row, n in zip(rows, self._lengths, strict=True))
-        return list(map(list, zip(*split, strict=True)))
+        rows = rows.to(own[0].dtype)
+        of_ranks = (row[: sum(n)].split(n) for row, n in zip(rows, self._lengths, strict=True))
+        return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
 
     def check(self) -> None:
-        """Raise RuntimeError, on all ranks alike, if at the newest exchange some ranks had a gradient where others had none.
+        """Raise RuntimeError, on all ranks alike, if at the newest exchange a rank had failed, or some ranks had a gradient
+        where others had none.
 
         To be called at the next step: by then that exchange is over on the device, too, and nothing waits.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        if self._differing is not None and self._differing.any():
-            names = [name for name, differs in zip(self._names, self._differing.tolist(), strict=True) if differs]
-            raise RuntimeError(
-                f"at the last step some ranks had a gradient where others had none: {', '.join(names[:5])}"
-                f"{' and others' if len(names) > 5 else ''}; either all ranks must have one or none"
-            )
+        if self._differing is None or not self._differing.any():
+            return
+        *present, failed = self._differing.tolist()
+        if failed:
+            raise RuntimeError("a rank failed in the last step; its own error says why")
+        names = [name for name, differs in zip(self._names, present, strict=True) if differs]
+        raise RuntimeError(
+            f"at the last step some ranks had a gradient where others had none: {', '.join(names[:5])}"
+            f"{' and others' if len(names) > 5 else ''}; either all ranks must have one or none"
+        )
+
+
+def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
+    """An exchange for each device and dtype; `dtype` is that of what is sent, None the buckets' own."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[int, Bucket]] = {}
+    for place, bucket in enumerate(buckets):
+        kinds.setdefault((bucket.device, bucket.dtype), {})[place] = bucket
+    return [Exchange(ranks, members, names, dtype or own) for (_, own), members in kinds.items()]

@@ -222,10 +222,29 @@ def state_size(optimizer):
 def received_bytes(rank, size):
     """Bytes that the exchange of a step brings to a rank, and the numbers of parameters."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
-    optimizer = AdamWShampoo(model.parameters(), **COMMON)
-    half = AdamWShampoo(model.parameters(), **COMMON, exchange_dtype=torch.bfloat16)
-    count = sum(p.numel() for p in model.parameters())
-    return [sum(exchange.num_bytes for _, exchange in x._exchanges) / count for x in (optimizer, half)]
+    count, found = sum(p.numel() for p in model.parameters()), []
+    for dtype in (None, torch.bfloat16):
+        optimizer = AdamWShampoo(model.parameters(), **COMMON, exchange_dtype=dtype)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        found.append(sum(exchange.num_bytes for exchange in optimizer._exchanges) / count)
+    return found
+
+
+def failing_on_one_rank(rank, size):
+    """Rank 1 has a complex gradient at the second step: at which step each rank stops, and the error."""
+    p = torch.zeros(3, 4, requires_grad=True)
+    optimizer = AdamWShampoo([p], **COMMON)
+    for t in range(4):
+        p.grad = torch.ones(3, 4)
+        if t == 1 and rank == 1:
+            p.grad = torch.sparse_coo_tensor(size=(3, 4))
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
 
 
 def checkpointed(rank, size, path, first, last, dtype=torch.float32):

@@ -58,7 +58,7 @@ def test_a_gradient_missing_on_one_rank_is_an_error_on_all_a_step_later(pools):
 
 def test_ranks_that_differ_are_an_error_at_construction(pools):
     for rank, errors in enumerate(pools(2).run(rank_checks.different_options)):
-        assert "rank 0 has group 0 with eps 0.0001 where rank 1 has group 0 with eps 0.001" in errors[0]
+        assert "rank 0 has option eps = 0.0001 where rank 1 has option eps = 0.001" in errors[0]
         assert "rank 0 has parameter 0 of shape (3, 4)" in errors[1]
         assert "rank 1 has parameter 0 of shape (3, 5)" in errors[1]
         assert ("ValueError: a parameter group has" if rank else "RuntimeError: rank 1 failed: ValueError") in errors[2]
@@ -128,3 +128,10 @@ def test_torchs_distributed_checkpoints(pools, tmp_path):
     for size, first, last in ((2, 0, 15), (4, 15, 30), (2, 30, 45)):
         weights = pools(size).run(rank_checks.distributed_checkpoint, path=str(tmp_path), first=first, last=last)
     assert largest_difference(weights[0], whole) <= 1e-6
+
+
+def test_a_rank_that_fails_stops_all(pools):
+    (first, text), (second, own) = pools(2).run(rank_checks.failing_on_one_rank)
+    assert (first, second) == (2, 1)
+    assert "a rank failed in the last step" in text
+    assert "it must be dense" in own

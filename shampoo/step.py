@@ -1,0 +1,89 @@
+"""A step of the algorithm for one bucket: from gradients to directions, from the directions of all ranks to weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import update
+from .grafting import GRAFTING, second_moment_decay
+from .layout import apply, flatten, load, stack_views
+from .ranks import add_part, is_sharded, whole
+from .state import Bucket
+
+
+def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> Tensor:
+    """Step t = 1, 2, ... of the algorithm for a bucket: the directions of the blocks that this rank owns, a flat vector."""
+    plan, decay, decoupled = bucket.layout, group["weight_decay"], group["decoupled_weight_decay"]
+    place = (bucket.dtype, bucket.device)
+
+    # 1. Gradients, and weights where decay needs them, from parameters to stacks.
+    moving = bucket.moving()
+    G = load(plan, [whole(p.grad) for p in bucket.params], *place)
+    W = load(plan, list(map(whole, moving)), *place) if decay else None
+    missing = any(p is None for p in moving)
+    present = (
+        load(plan, [None if p is None else torch.ones(p.shape, device=p.device) for p in moving], *place) if missing else None
+    )
+    if not plan.stacks:  # more ranks than blocks
+        return G
+    if W is not None and not decoupled:
+        G.add_(W, alpha=decay)
+
+    # 2. Factors, roots and moments give the direction.
+    update_preconditioner(bucket, group, t, G, present)
+    P = direction(bucket, group, t, G, present)
+    if W is not None and decoupled:
+        P = P.add(W, alpha=decay)
+    if bucket.momentum_buffer is not None:
+        P = update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
+    return P
+
+
+def move(bucket: Bucket, directions: list[Tensor], scale: float) -> None:
+    """W <- W + scale P for the bucket's parameters that have a gradient, P being the directions of all ranks."""
+    moving = bucket.moving()
+    updates = [
+        torch.zeros(p.shape, dtype=bucket.dtype, device=p.device) if p is not None and is_sharded(p) else p for p in moving
+    ]
+    apply(bucket.layouts, updates, directions, scale)
+    for p, whole_update in zip(moving, updates, strict=True):
+        if p is not None and whole_update is not None and whole_update is not p:
+            add_part(p, whole_update)
+
+
+def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:
+    """Factors from the gradients G; roots from the factors, at step `start` and at later multiples of the frequency."""
+    plan, beta2 = bucket.layout, group["betas"][1]
+    start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
+    blocks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
+    for factors, stack, here in zip(bucket.factors, stack_views(plan, G), blocks, strict=True):
+        update.update_factors(factors, stack, beta2, here)
+    if t == start or (t > start and t % frequency == 0):
+        bc2 = update.bias_correction(beta2, t) if group["bias_correction"] else 1.0
+        for inv_roots, factors, exponents in zip(bucket.inv_roots, bucket.factors, bucket.exponents, strict=True):
+            update.refresh_roots(inv_roots, factors, exponents, bc2, group["eps"], group["solver"])
+
+
+def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> Tensor:
+    """The flat direction P: the averaged gradient, preconditioned, at the length of the grafting method's step."""
+    plan, method = bucket.layout, bucket.grafting
+    beta1, beta2 = group["betas"]
+    graft_G = flatten(map(update.normalize, stack_views(plan, G))) if group["normalized_grafting"] else G
+    graft_beta2 = beta2 if group["grafting_beta2"] is None else group["grafting_beta2"]
+    V, graft_bc2 = bucket.exp_avg_sq, update.bias_correction(graft_beta2, t)
+    if V is not None:
+        update.accumulate(V, graft_G * graft_G, second_moment_decay(method, graft_beta2), present)
+
+    def graft(N: Tensor) -> Tensor:
+        return GRAFTING[method](N, V, graft_bc2, group["grafting_eps"])
+
+    bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0
+    N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
+    if not bucket.factored or (t < group["start_preconditioning_step"] and method != "none"):
+        return graft(N)
+    P = [update.precondition(stack, roots) for stack, roots in zip(stack_views(plan, N), bucket.inv_roots, strict=True)]
+    if method != "none":
+        lengths = stack_views(plan, graft(graft_G if group["normalized_grafting"] else N))
+        P = list(map(update.rescale, P, lengths))
+    return flatten(P)
