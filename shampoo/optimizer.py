@@ -206,7 +206,7 @@ class AdamWShampoo(Optimizer):
                 "all ranks after the last step, then state_dict() on the rank that it gathers to"
             )
         else:
-            state = self._consolidated
+            state = dict(self._consolidated)  # torch's checkpoints rename the keys of what they get
         return {**super().state_dict(), "state": state}
 
     @torch.no_grad()

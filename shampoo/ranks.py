@@ -101,8 +101,8 @@ def add_part(x: Tensor, update: Tensor) -> None:
 class Exchange:
     """The buffers of one all-gather a step, for the buckets of one device and dtype.
 
-    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and a last one, 1 if
-    its step failed. All ranks send as much as the one with the most, at every step.
+    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and a last flag, 1
+    if its step failed. All ranks send as much as the one with the most, at every step.
 
     Args:
         buckets: with their places among the optimizer's.
