@@ -322,3 +322,42 @@ def few_blocks(rank, size):
         optimizer.step()
     optimizer.consolidate(to=None)
     return p.detach().clone(), state_size(optimizer), list(optimizer.state_dict()["state"][0])
+
+
+def submitted(rank, size, wrapped):
+    """Six steps of the submission on this rank's part of each batch; with the model in DDP, and as AlgoPerf resumes it."""
+    from test_submission import FakeWorkload, as_point, start, step
+
+    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
+    workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    model = nn.parallel.DistributedDataParallel(workload.model) if wrapped else workload.model
+    state = start(workload, point, model)
+    for t in range(6):
+        part = {key: x.chunk(size)[rank] for key, x in workload.batch(t).items()}
+        step(workload, state, point, part, t, model)
+    return whole_weights(workload.model)
+
+
+def submission_saves(rank, size):
+    """The keys of rank 0's checkpoint: after `prepare_for_eval`, with checkpoints off, and whether the latter loads."""
+    from absl import flags
+    from test_submission import FakeWorkload, as_point, start, step
+
+    import submission
+
+    if "save_checkpoints" not in flags.FLAGS:
+        flags.DEFINE_boolean("save_checkpoints", True, "as the runner has it")
+    flags.FLAGS.mark_as_parsed()
+    found = []
+    for saves in (True, False):
+        flags.FLAGS.save_checkpoints = saves
+        workload, point = FakeWorkload(), as_point()
+        state = start(workload, point)
+        step(workload, state, point, workload.batch())
+        submission.prepare_for_eval(workload, workload.model, {}, None, point, workload.loss_type, state, [], 1, [0, 0])
+        found.append(sorted(state["optimizer"].state_dict()) if rank == 0 else None)
+    try:
+        state["optimizer"].load_state_dict({"not_resumable": "why"})
+    except ValueError as error:
+        found.append(str(error))
+    return found

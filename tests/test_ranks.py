@@ -135,3 +135,18 @@ def test_a_rank_that_fails_stops_all(pools):
     assert (first, second) == (2, 1)
     assert "a rank failed in the last step" in text
     assert "it must be dense" in own
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_submissions_ranks_take_the_step_of_the_whole_batch(pools, wrapped):
+    """The padding lies on rank 1 alone: a mean over ranks of means would differ. AlgoPerf resumes with a bare model."""
+    weights = pools(2).run(rank_checks.submitted, wrapped=wrapped)
+    assert all(map(torch.equal, *weights))
+    assert largest_difference(weights[0], rank_checks.submitted(0, 1, False)) <= 1e-5
+
+
+def test_the_submission_gathers_only_for_checkpoints_and_says_what_it_lacks(pools):
+    gathered, lacking, error = pools(2).run(rank_checks.submission_saves)[0]
+    assert gathered == ["param_groups", "state"]
+    assert lacking == ["not_resumable"]
+    assert error == "this checkpoint cannot be resumed from: why"

@@ -296,38 +296,3 @@ def test_it_imports_in_both_ways_with_the_package_beside_it(tmp_path, folder, cw
     )
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()) == target / "shampoo" / "optimizer.py"
-
-
-def ddp_worker(rank, world_size, file, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
-    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
-    workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    model = nn.parallel.DistributedDataParallel(workload.model)
-    state = start(workload, point, model)
-    for t in range(6):
-        batch = {key: x.chunk(world_size)[rank] for key, x in workload.batch(t).items()}
-        step(workload, state, point, batch, t, model)
-    torch.save(workload.model.state_dict(), f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_take_the_step_of_the_whole_batch(tmp_path):
-    """The padding lies on rank 1 alone: a mean over ranks of means would differ."""
-    context = torch.multiprocessing.start_processes(
-        ddp_worker, (2, tmp_path / "store", tmp_path / "weights"), nprocs=2, join=False, start_method="spawn"
-    )
-    try:
-        assert any(context.join(timeout=60) for _ in context.processes)  # each call waits for one more process
-    finally:
-        for process in context.processes:
-            process.kill()
-    ranks = [torch.load(f"{tmp_path / 'weights'}.{rank}", weights_only=True) for rank in range(2)]
-    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
-    workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    state = start(workload, point)
-    for t in range(6):
-        step(workload, state, point, workload.batch(t), t)
-    for key, expected in workload.model.state_dict().items():
-        assert torch.equal(ranks[0][key], ranks[1][key])
-        torch.testing.assert_close(ranks[0][key], expected, rtol=0, atol=1e-5)
