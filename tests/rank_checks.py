@@ -1,6 +1,7 @@
 """What each of several ranks does in `test_ranks`: functions of (rank, size), and a pool of processes that runs them."""
 
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -15,7 +16,7 @@ from torch import nn
 
 from shampoo import AdamWShampoo
 
-TIMEOUT = 60  # seconds of a check
+TIMEOUT = 120  # seconds of a check
 COMMON = {"lr": 1e-3, "eps": 1e-4, "block_size": 16, "precondition_frequency": 20, "start_preconditioning_step": 40}
 
 
@@ -45,7 +46,7 @@ class Pool:
             except queue.Empty:
                 self.close()
                 raise TimeoutError(f"{check.__name__}: only ranks {sorted(answers)} answered in {TIMEOUT} s") from None
-            answers[rank] = answer
+            answers[rank] = pickle.loads(answer)
         return [answers[rank] for rank in range(len(self.tasks))]
 
     def close(self):
@@ -67,7 +68,7 @@ def serve(rank, size, folder, tasks, results):
             answer = globals()[name](rank, size, **arguments)
         except Exception as error:
             answer = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        results.put((rank, answer))
+        results.put((rank, pickle.dumps(answer)))  # here: what the queue's thread cannot pickle is lost without a word
 
 
 class Net(nn.Module):
@@ -124,7 +125,7 @@ def groups_of(model):
 
 
 def whole_weights(model):
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
+    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
 
 
 def weights_after(rank, size, steps=50, **options):
