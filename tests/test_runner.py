@@ -399,13 +399,16 @@ def test_an_experiment_stays_inside_its_folder(tmp_path, name):
 
 def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):
     """Each rank has half of a batch and half of the evaluation; the first one writes."""
+    point = json.loads((ROOT / "runner" / "tuning_search_space.json").read_text())[0]
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps([{**point, "epsilon": 1e-4, "learning_rate": 1e-3}]))  # where rounding stays small
     flags = [
-        *(
-            "--workload=airports_dlrm",
-            "--submission_path=submission.py",
-            "--tuning_search_space=runner/tuning_search_space.json",
-        ),
-        *(f"--experiment_dir={tmp_path}", "--eval_every_steps=10", "--rng_seed=3"),
+        "--workload=airports_dlrm",
+        "--submission_path=submission.py",
+        f"--tuning_search_space={space}",
+        f"--experiment_dir={tmp_path}",
+        "--eval_every_steps=10",
+        "--rng_seed=3",
     ]
 
     def start(ranks, name, steps):
@@ -420,6 +423,10 @@ def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):
 
     printed = start(2, "two", 20)
     assert printed.count("picture:") == 1
+    saved = tmp_path / "two/airports_dlrm_pytorch/trial_1/checkpoint_20"
+    checkpoint = torch.load(saved, weights_only=True)
+    checkpoint["train_state"]["training_complete"] = False  # as in a checkpoint that is written on the way
+    torch.save(checkpoint, saved)
     start(1, "two", 40)
     start(1, "one", 40)
     two, one = (pd.read_csv(tmp_path / name / "airports_dlrm_pytorch/trial_1/eval_measurements.csv") for name in ("two", "one"))

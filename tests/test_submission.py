@@ -189,6 +189,8 @@ def test_an_embedding_of_a_million_rows():
 
 
 def test_prepare_for_eval_and_data_selection_pass_on():
+    workload = FakeWorkload()
+    state = start(workload, as_point())
     parts = {
         "workload": None,
         "current_param_container": "p",
@@ -196,8 +198,8 @@ def test_prepare_for_eval_and_data_selection_pass_on():
         "model_state": "m",
         "hyperparameters": None,
     }
-    parts |= {"loss_type": None, "optimizer_state": "o", "eval_results": [], "global_step": 1, "rng": None}
-    assert submission.prepare_for_eval(**parts) == ("o", "p", "m")
+    parts |= {"loss_type": None, "optimizer_state": state, "eval_results": [], "global_step": 1, "rng": None}
+    assert submission.prepare_for_eval(**parts) == (state, "p", "m")
     assert submission.data_selection(None, iter([1, 2]), None, None, None, None, 0, None) == 1
 
 
