@@ -1,5 +1,9 @@
+import os
+
 import pytest
 import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two of these run at a time
 
 
 @pytest.fixture(autouse=True)
