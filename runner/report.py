@@ -78,7 +78,7 @@ def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path)
 def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame], x: str) -> None:
     """Draw the validation metric of each table of evaluations over its column x, and the target.
 
-    The axis shows the target and the better nine tenths of all values; first evaluations and diverging trials may leave it.
+    The axis shows the target and the better two thirds of all values; first evaluations and diverging trials leave it.
     """
     metric, target = f"validation/{workload.target_metric_name}", workload.validation_target_value
     for label, evaluations in curves.items():
@@ -86,7 +86,7 @@ def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame],
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
     values = pd.concat([pd.Series([target]), *(evaluations[metric] for evaluations in curves.values())])
     low, high = values.replace([math.inf, -math.inf], math.nan).quantile(
-        [0.1, 1.0] if workload.higher_is_better else [0.0, 0.9]
+        [1 / 3, 1.0] if workload.higher_is_better else [0.0, 2 / 3]
     )
     axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set_ylabel(metric)

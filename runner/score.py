@@ -203,13 +203,15 @@ def read_times(path: Path) -> pd.DataFrame:
 # Pictures and the command.
 
 
-def plot_profile(profile: pd.DataFrame, path: Path) -> None:
+def plot_profile(profile: pd.DataFrame, by: str, path: Path) -> None:
     """Draw rho(tau) of each submission, best score first."""
     ranking = scores(profile)
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for name, color in zip(ranking.index, colors(len(ranking)), strict=True):
         axes.step(profile.index, profile[name], where="post", color=color, label=f"{ranking[name]:.4f}  {name}")
-    axes.set(xlabel="tau: time over the best submission's", ylabel="share of workloads within tau", ylim=(-0.02, 1.02))
+    axes.set(
+        xlabel=f"tau: {by} to target over the best submission's", ylabel="share of workloads within tau", ylim=(-0.02, 1.02)
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="score")
     figure.savefig(path, dpi=120)
@@ -232,7 +234,7 @@ def write(comparison: Comparison, by: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("times", "profile", "scores"):
         getattr(comparison, name).to_csv(folder / f"{name}.csv")
-    plot_profile(comparison.profile, folder / "profile.png")
+    plot_profile(comparison.profile, by, folder / "profile.png")
     plot_times(comparison.counted.loc[comparison.scores.index], by, folder / "times.png")
 
 
