@@ -176,11 +176,8 @@ def different_options(rank, size):
 def fully_sharded(rank, size, sizes):
     """FSDP2 on layers of these sizes: the weights after some steps, and this rank's numbers of state."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:  # torch 2.5
-        from torch.distributed._composable.fsdp import fully_shard
     model = layers(sizes)
     mesh = init_device_mesh("cpu", (size,))
     for layer in model:

@@ -65,6 +65,7 @@ def test_ranks_that_differ_are_an_error_at_construction(pools):
         assert "momentun" in errors[2]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["cut", "uneven and empty"])
 def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
