@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: run suite test lint clean
 run: $(VENV)/installed
 	$(BIN)/python -m runner --workload=mnist_resnet --submission_path=submission.py \
-	  --tuning_search_space=runner/tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 \
+	  --tuning_search_space=runner/tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 --max_global_steps=667 \
 	  --experiment_dir=experiments_out --experiment_name=first_run --overwrite
 
 suite: $(VENV)/installed
