@@ -52,7 +52,8 @@ def suite(folder, submissions, *flags, start=subprocess.run):
     """The command on airports_dlrm, with one of our points."""
     command = [sys.executable, "-m", "runner.suite", f"--submissions={','.join(f'{path}:{SPACE}' for path in submissions)}"]
     command += ["--workloads=airports_dlrm", "--num_tuning_trials=1", f"--experiment_dir={folder}", *flags]
-    options = {"capture_output": True, "timeout": 200, "check": False} if start is subprocess.run else {}
+    captured = {"capture_output": True, "timeout": 200, "check": False}
+    options = captured if start is subprocess.run else {"start_new_session": True}
     return start(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
 
 
@@ -111,8 +112,7 @@ def test_an_interrupted_trial_goes_on(tmp_path):
     deadline = time.time() + 100
     while not any(folder.glob("checkpoint_25")) and time.time() < deadline:
         time.sleep(0.1)
-    subprocess.run(["pkill", "-INT", "-P", str(process.pid)], check=True)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     assert process.wait(timeout=60) != 0
     assert not is_finished(folder)
     result = suite(tmp_path / "out", [path])

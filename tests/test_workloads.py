@@ -192,7 +192,7 @@ def test_parameter_types_are_algoperfs(workload):
         "MnistViT": {
             "patches.weight": "CONV_WEIGHT",
             "positions.weight": "EMBEDDING",
-            "layers.3.qkv.weight": "ATTENTION_QKV",
+            "layers.2.qkv.weight": "ATTENTION_QKV",
             "layers.0.norm2.bias": "LAYER_NORM_BIAS",
         },
         "MnistUNet": {"down1.0.weight": "CONV_WEIGHT", "up2.weight": "CONV_WEIGHT", "up2.bias": "BIAS"},
@@ -214,8 +214,8 @@ def test_parameter_types_are_algoperfs(workload):
         },
         "SolubilityGNN": {
             "elements.weight": "EMBEDDING",
-            "layers.3.linear.weight": "WEIGHT",
-            "layers.3.linear.bias": "BIAS",
+            "layers.2.linear.weight": "WEIGHT",
+            "layers.2.linear.bias": "BIAS",
             "layers.0.norm.weight": "LAYER_NORM_SCALE",
             "layers.0.norm.bias": "LAYER_NORM_BIAS",
             "hidden.weight": "WEIGHT",
