@@ -19,7 +19,7 @@ from shampoo.layout import assign
 from shampoo.state import Bucket, block_cost, make_buckets, powers
 
 SHAPES = Path(__file__).with_name("algoperf_parameters.json")
-OPTIONS = {"block_size": 1024, "precondition_frequency": 100, "grafting": "adam"}
+OPTIONS: dict[str, Any] = {"block_size": 1024, "precondition_frequency": 100, "grafting": "adam"}
 
 FLAGS = flags.FLAGS
 
