@@ -30,7 +30,7 @@ from .workloads import WORKLOADS, workload_class
 HERE = Path(__file__).parent
 OURS = f"shampoo={HERE.parent / 'submission.py'}:{HERE / 'tuning_search_space.json'}"
 BASELINES = sorted(str(path) for path in HERE.glob("baselines/*/submission.py"))
-QUICK = ["mnist_vit", "pydoc_lm", "solubility_gnn"], 2  # workloads, trials
+QUICK = ["fsdd_lstm", "mnist_vit", "solubility_gnn"], 2  # workloads, trials
 TRIAL_TIMEOUT = 1800  # seconds; a trial that hangs is a miss
 
 FLAGS = flags.FLAGS
