@@ -1,5 +1,6 @@
 """Several processes under torchrun: what each needs to know of the others. Without torchrun there is one, and nothing waits."""
 
+import atexit
 import os
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch.distributed as dist
 
 def start() -> None:
     """Join the process group if torchrun started this process: NCCL with GPUs, gloo without."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
 
 
 def size() -> int:

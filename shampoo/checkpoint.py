@@ -94,6 +94,7 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
     place = {p: i for i, p in enumerate(saved)}
 
     def find(p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter's saved tensor, checked."""
         x = saved[p].get(name)
         found = "nothing" if x is None else f"shape {tuple(x.shape)}"
         if x is None or x.shape != shape:

@@ -29,8 +29,8 @@ class AdamWShampoo(Optimizer):
     the length that the grafting method's step would have.
 
     Args:
-        params: tensors, named tensors (torch >= 2.6) or group dicts; every option below may differ per group. Weights of any
-            floating dtype; state is float32 (float64 for float64 weights).
+        params: tensors, named tensors (torch >= 2.6) or group dicts; options but the last two may differ per group. Weights of
+            any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
         lr: learning rate; torch schedulers may change it.
         betas: decay of the gradient's average (theta in the paper) and of the factors' (beta); betas[1] = 1 is a plain sum.
         eps: added to every eigenvalue of a factor before its root.
@@ -51,13 +51,17 @@ class AdamWShampoo(Optimizer):
         grafting_eps: added to the square root of the second moment.
         normalized_grafting: feed the grafting method G / ||G||_F, block by block.
         solver: how roots are computed, one of `roots.SOLVERS`.
+        exchange_dtype: dtype in which ranks exchange directions, torch.bfloat16 for half the bytes; None: that of the state.
+        process_group: the ranks that share the blocks out, a ProcessGroup or a one-dimensional DeviceMesh; None: the default
+            group where torch.distributed is initialised, else this process alone.
 
     Between steps lr, eps, decay, frequency and the like may be changed in `param_groups`. What decides which state there is may
     not: block_size, merge_dims, max_dim, exponents, grafting, and whether betas[0] or momentum is zero.
 
     Raises:
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
-        RuntimeError: in `step`, for a sparse or complex gradient; before anything is changed.
+        RuntimeError: in `step`, for a sparse or complex gradient, before anything is changed; of several ranks also if at the
+            last step a rank failed, or some had a gradient where others had none. In `state_dict`, without `consolidate()`.
         FloatingPointError: in `step`, when roots are due and a factor holds NaN or Inf.
 
     Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
@@ -110,13 +114,20 @@ class AdamWShampoo(Optimizer):
 
         Of several ranks all must call it, with the same group.
         """
-        lines, error = [], None
+        count, lines, error = len(self.param_groups), [], None
+        load = list(self._load)
         try:
             self._add(param_group)
             lines = describe(self.param_groups[-1])
         except Exception as raised:
             error = raised
-        agree(self._ranks, lines, error)
+        try:
+            agree(self._ranks, lines, error)
+        except Exception:  # this rank's or another's: no rank keeps the group
+            del self.param_groups[count:], self._buckets[count:]
+            self._load = load
+            raise
+        self._mark(self.param_groups[-1])
 
     def _add(self, param_group: dict[str, Any]) -> None:
         unknown = set(param_group) - set(OPTIONS) - FOREIGN_KEYS
@@ -128,14 +139,9 @@ class AdamWShampoo(Optimizer):
         group.setdefault("step", 0)
         if group["start_preconditioning_step"] is None:  # fixed here, so that a later change of the frequency does not move it
             group["start_preconditioning_step"] = group["precondition_frequency"]
-        try:
-            check_parameters(group)
-            self._buckets.append(make_buckets(group, self._ranks.rank, self._load))
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        check_parameters(group)
+        self._buckets.append(make_buckets(group, self._ranks.rank, self._load))
         self._exchanges = None
-        self._mark(group)
 
     def _mark(self, group: dict[str, Any]) -> None:
         """State is in buckets; with an empty `state` torch's checkpoints would take a step first, to have one."""

@@ -16,6 +16,7 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
     """A finite number in [low, high]; with `above` not low itself, with `below` not high itself."""
 
     def allowed(x: Any) -> bool:
+        """Whether x is such a number."""
         number = isinstance(x, (int, float)) and not isinstance(x, bool) and isfinite(x)
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 

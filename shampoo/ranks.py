@@ -1,7 +1,7 @@
 """Several ranks: who they are, whether they agree, and the one exchange of a step.
 
 Every rank computes the directions of the blocks that it owns; one all-gather gives all directions to all ranks, and each
-applies them to its weights. Ownership is `layout.build_layouts`, a pure function; nothing here depends on what is exchanged.
+applies them to its weights. Who owns which block is decided by `layout.build_layouts`, a pure function.
 """
 
 import hashlib
@@ -121,11 +121,6 @@ class Exchange:
         self._flags: list[bool] = []  # as in _sent
         self._differing: Tensor | None = None  # whether ranks had other flags at the newest exchange, on the CPU
         self._copied: Any = None  # the event after which it may be read
-
-    @property
-    def num_bytes(self) -> int:
-        """What each rank receives in a step."""
-        return self._received.numel() * self._received.element_size()
 
     def gather(self, directions: list[Tensor], failed: bool) -> Iterator[tuple[int, list[Tensor]]]:
         """For each bucket its place and the directions of all ranks, given this one's for each place."""

@@ -72,6 +72,7 @@ def make_buckets(group: dict[str, Any], rank: int, load: list[float]) -> list[Bu
     for (device, dtype, factored), params in members.items():
 
         def cost(block: tuple[int, ...], factored: bool = factored) -> float:
+            """What a block of this bucket costs its rank."""
             return block_cost(block, powers(block, group, factored), group["precondition_frequency"])
 
         layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, load)
@@ -109,12 +110,15 @@ def allocate(
     exponents = [powers(tuple(block), group, factored) for _, *block in layout.stacks]
 
     def zeros(*shape: int) -> Tensor:
+        """State of a shape."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def moment(needed: bool) -> Tensor | None:
+        """A flat vector, if there is to be one."""
         return zeros(layout.numel) if needed else None
 
     def matrices() -> list[list[Tensor | None]]:
+        """For each stack and dimension (B, d, d), None where the exponent is zero."""
         return [
             [zeros(blocks, d, d) if p else None for d, p in zip(block, each, strict=True)]
             for (blocks, *block), each in zip(layout.stacks, exponents, strict=True)

@@ -76,6 +76,7 @@ def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present:
         update.accumulate(V, graft_G * graft_G, second_moment_decay(method, graft_beta2), present)
 
     def graft(N: Tensor) -> Tensor:
+        """The grafting method's step."""
         return GRAFTING[method](N, V, graft_bc2, group["grafting_eps"])
 
     bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0

@@ -226,7 +226,7 @@ def received_bytes(rank, size):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-        found.append(sum(exchange.num_bytes for exchange in optimizer._exchanges) / count)
+        found.append(sum(exchange._received.nbytes for exchange in optimizer._exchanges) / count)
     return found
 
 
@@ -359,3 +359,16 @@ def submission_saves(rank, size):
     except ValueError as error:
         found.append(str(error))
     return found
+
+
+def refused_group(rank, size):
+    """A later group that rank 1 gives another option: the error, the groups that are left, and that steps go on."""
+    p, q = (torch.zeros(3, 4, requires_grad=True) for _ in range(2))
+    optimizer = AdamWShampoo([p], **COMMON)
+    try:
+        optimizer.add_param_group({"params": [q], "eps": 1e-3 if rank else 1e-4})
+    except ValueError as error:
+        p.grad = torch.ones(3, 4)
+        optimizer.step()
+        return str(error), len(optimizer.param_groups), len(optimizer.state), p.abs().sum().item() > 0
+    return None

@@ -65,6 +65,12 @@ def test_ranks_that_differ_are_an_error_at_construction(pools):
         assert "momentun" in errors[2]
 
 
+def test_a_group_that_ranks_disagree_on_is_kept_by_none(pools):
+    for error, groups, with_state, moved in pools(2).run(rank_checks.refused_group):
+        assert "option eps" in error
+        assert (groups, with_state, moved) == (1, 1, True)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["cut", "uneven and empty"])

@@ -433,7 +433,6 @@ def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):
     assert list(two["global_step"]) == list(one["global_step"]) == [1, 10, 20, 30, 40]
     for split in ("train", "validation", "test"):
         np.testing.assert_allclose(two[f"{split}/loss"], one[f"{split}/loss"], rtol=1e-4)
-        assert list(two[f"{split}/num_examples"]) == list(one[f"{split}/num_examples"]) if split != "train" else True
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
