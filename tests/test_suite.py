@@ -53,7 +53,9 @@ def suite(folder, submissions, *flags, start=subprocess.run):
     command = [sys.executable, "-m", "runner.suite", f"--submissions={','.join(f'{path}:{SPACE}' for path in submissions)}"]
     command += ["--workloads=airports_dlrm", "--num_tuning_trials=1", f"--experiment_dir={folder}", *flags]
     captured = {"capture_output": True, "timeout": 200, "check": False}
-    options = captured if start is subprocess.run else {"start_new_session": True}
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+    heeding = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    options = captured if start is subprocess.run else heeding
     return start(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
 
 
