@@ -15,7 +15,7 @@ import torch
 from absl import app, flags
 
 from shampoo import AdamWShampoo
-from shampoo.layout import assign
+from shampoo.layout import Load, deal
 from shampoo.state import Bucket, block_cost, make_buckets, powers
 
 SHAPES = Path(__file__).with_name("algoperf_parameters.json")
@@ -38,20 +38,21 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
     """The row of the table for parameters of these shapes."""
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     group = AdamWShampoo(params, **OPTIONS).param_groups[0]
-    load = [0.0] * ranks
-    buckets = make_buckets(group, 0, load)
+    loads = [Load(0.0, 0)] * ranks
+    buckets = make_buckets(group, 0, loads)
     blocks = [
         (block, block_cost(block, powers(block, group, bucket.factored), group["precondition_frequency"]))
         for bucket in buckets
         for block in blocks_of(bucket)
     ]
-    bytes_owners = assign([-(-4 * prod(block) // 64) * 64 for block, _ in blocks], [0.0] * ranks)
+    in_bytes = [Load(-(-4 * prod(block) // 64) * 64, prod(block)) for block, _ in blocks]
+    bytes_owners, _ = deal(in_bytes, [Load(0.0, 0)] * ranks, most=0.0)
     by_bytes = [sum(cost for (_, cost), owner in zip(blocks, bytes_owners, strict=True) if owner == r) for r in range(ranks)]
-    mean = sum(load) / ranks
-    sent = max(sum(bucket.layouts[r].numel for bucket in buckets) for r in range(ranks)) + len(shapes)
+    mean = sum(rank.cost for rank in loads) / ranks
+    sent = max(rank.numel for rank in loads) + len(shapes)
     return {
         "blocks": len(blocks),
-        "max/mean cost": max(load) / mean,
+        "max/mean cost": max(rank.cost for rank in loads) / mean,
         "by bytes": max(by_bytes) / mean,
         "lower bound": max(1.0, max(cost for _, cost in blocks) / mean),
         "exchanged bytes per parameter": 4 * ranks * sent / sum(map(prod, shapes)),

@@ -26,6 +26,13 @@ class Piece(NamedTuple):
     first: int  # where its blocks begin in their stack
 
 
+class Load(NamedTuple):
+    """What a block, or all blocks of a rank, cost a step, and how many numbers they have."""
+
+    cost: float
+    numel: int
+
+
 class Layout(NamedTuple):
     """Where every block of a rank lies."""
 
@@ -44,24 +51,25 @@ def build_layouts(
     block_size: int,
     merge: bool,
     cost: Callable[[tuple[int, ...]], float] = prod,
-    load: list[float] | None = None,
+    loads: list[Load] | None = None,
 ) -> list[Layout]:
     """The layout of each rank for parameters of these shapes, a pure function of its arguments.
 
-    `load` has the cost that each rank has to bear already; what a block of a shape costs is added for each block it gets. None
-    is one rank.
+    `loads` has what each rank has to bear already, and grows by the blocks that it gets; `cost` is that of a block of a shape.
+    None is one rank.
     """
-    load = [0.0] if load is None else load
+    loads = [Load(0.0, 0)] if loads is None else loads
     merged = [merge_dims(shape, block_size) if merge else tuple(shape) or (1,) for shape in shapes]
     pieces = [
         Piece(i, number, offset, tile, 0)
         for i, shape in enumerate(merged)
         for number, whole in enumerate(cut(shape, block_size))
-        for offset, tile in enumerate([whole] if len(load) == 1 else single_blocks(whole))
+        for offset, tile in enumerate([whole] if len(loads) == 1 else single_blocks(whole))
     ]
-    owners = assign([cost(piece.tile.block) for piece in pieces], load)
+    items = [Load(cost(piece.tile.block), prod(piece.tile.grid + piece.tile.block)) for piece in pieces]
+    owners, loads[:] = assign(items, loads)
     return [
-        _stacked(merged, [piece for piece, r in zip(pieces, owners, strict=True) if r == rank]) for rank in range(len(load))
+        _stacked(merged, [piece for piece, r in zip(pieces, owners, strict=True) if r == rank]) for rank in range(len(loads))
     ]
 
 
@@ -76,17 +84,33 @@ def _stacked(shapes: list[tuple[int, ...]], pieces: list[Piece]) -> Layout:
     return Layout(shapes, list(stacks.values()), [(count[block], *block) for block in stacks])
 
 
-def assign(costs: Sequence[float], load: list[float]) -> list[int]:
-    """The rank that owns each item: the dearest first, each to the rank with the least load, which grows by its cost.
+def assign(items: Sequence[Load], loads: Sequence[Load], slack: float = 0.03) -> tuple[list[int], list[Load]]:
+    """The rank that owns each item, and the loads of all ranks then, given those that they have already.
 
-    Ties go to the earlier item and the lower rank, so that all ranks find the same. Graham's rule: the largest load is at most
-    4/3 of the best possible.
+    Costs first: the dearest item first, each to the rank with the least cost, so that the largest is at most 4/3 of the best
+    possible (Graham). Then numbers, since in the exchange all ranks send as much as the one with most: the same again, but each
+    to the rank with the fewest numbers, as long as no cost exceeds the largest so found, or the mean by more than the slack.
     """
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = load.index(min(load))
-        load[owners[i]] += costs[i]
-    return owners
+    owners, found = deal(items, loads, 0.0)
+    most = max(max(rank.cost for rank in found), (1 + slack) * sum(rank.cost for rank in found) / len(found))
+    again, balanced = deal(items, loads, most)
+    return (again, balanced) if max(rank.cost for rank in balanced) <= most else (owners, found)
+
+
+def deal(items: Sequence[Load], loads: Sequence[Load], most: float) -> tuple[list[int], list[Load]]:
+    """Each item, the dearest first, to the rank with the fewest numbers of those that it brings to at most this cost, or else
+    to that with the least cost. Ties go to the earlier item and the lower rank, so that all ranks find the same.
+    """
+    loads, owners = list(loads), [0] * len(items)
+    for i in sorted(range(len(items)), key=lambda i: -items[i].cost):
+        within = [r for r, rank in enumerate(loads) if rank.cost + items[i].cost <= most]
+        if within:
+            owners[i] = min(within, key=lambda r: loads[r].numel)
+        else:
+            owners[i] = min(range(len(loads)), key=lambda r: loads[r].cost)
+        rank = loads[owners[i]]
+        loads[owners[i]] = Load(rank.cost + items[i].cost, rank.numel + items[i].numel)
+    return owners, loads
 
 
 def single_blocks(tile: Tile) -> list[Tile]:

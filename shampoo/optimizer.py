@@ -1,6 +1,6 @@
 """AdamW-style Shampoo as a torch optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -9,16 +9,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .layout import Load
 from .options import OPTIONS, check_gradients, check_options, check_parameters, describe, parameter_name
 from .ranks import Exchange, agree, find_ranks, make_exchanges
 from .state import Bucket, make_buckets
-from .step import move, step_bucket
+from .step import gather, move, step_bucket
 
 # Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
 
 
-KEPT = ("_buckets", "_ranks", "_exchange_dtype", "_load", "_exchanges", "_consolidated")  # in pickles and copies
+KEPT = ("_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated")  # in pickles and copies
+
+
+def moves(group: dict[str, Any]) -> bool:
+    """Whether any of a group's parameters has a gradient."""
+    return any(p.grad is not None for p in group["params"])
 
 
 class AdamWShampoo(Optimizer):
@@ -99,7 +105,7 @@ class AdamWShampoo(Optimizer):
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         self._buckets: list[list[Bucket]] = []  # of each group
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
-        self._load = [0.0] * self._ranks.size  # the cost of the blocks that each rank owns
+        self._loads = [Load(0.0, 0)] * self._ranks.size  # the blocks that each rank owns
         self._exchanges: list[Exchange] | None = None  # of several ranks; made at the first step
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
         error = None
@@ -115,7 +121,7 @@ class AdamWShampoo(Optimizer):
         Of several ranks all must call it, with the same group.
         """
         count, lines, error = len(self.param_groups), [], None
-        load = list(self._load)
+        loads = list(self._loads)
         try:
             self._add(param_group)
             lines = describe(self.param_groups[-1])
@@ -125,7 +131,7 @@ class AdamWShampoo(Optimizer):
             agree(self._ranks, lines, error)
         except Exception:  # this rank's or another's: no rank keeps the group
             del self.param_groups[count:], self._buckets[count:]
-            self._load = load
+            self._loads = loads
             raise
         self._mark(self.param_groups[-1])
 
@@ -140,7 +146,7 @@ class AdamWShampoo(Optimizer):
         if group["start_preconditioning_step"] is None:  # fixed here, so that a later change of the frequency does not move it
             group["start_preconditioning_step"] = group["precondition_frequency"]
         check_parameters(group)
-        self._buckets.append(make_buckets(group, self._ranks.rank, self._load))
+        self._buckets.append(make_buckets(group, self._ranks.rank, self._loads))
         self._exchanges = None
 
     def _mark(self, group: dict[str, Any]) -> None:
@@ -165,24 +171,28 @@ class AdamWShampoo(Optimizer):
             if self._ranks.size == 1:
                 raise
             error, directions = raised, [bucket.zeros() for bucket in chain(*self._buckets)]
-        everyones = iter(self._exchange(directions, failed=error is not None))
+        everyones = self._exchange(directions, failed=error is not None)
         if error is not None:
             raise error  # the other ranks raise at their next step
-        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            for bucket in buckets:
-                move(bucket, next(everyones), scale=-group["lr"])
+        for (group, bucket), of_ranks in zip(self._grouped(), everyones, strict=True):
+            move(bucket, of_ranks, scale=-group["lr"])
         return loss
 
     def _directions(self) -> list[Tensor]:
         """The directions of this rank's blocks for each bucket."""
+        gathered = [gather(bucket, group["weight_decay"]) for group, bucket in self._grouped()]
         for group in self.param_groups:
             check_gradients(group)
-        directions: list[Tensor] = []
-        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            moves = any(p.grad is not None for p in group["params"])
-            group["step"] += moves
-            directions += [step_bucket(bucket, group, group["step"]) if moves else bucket.zeros() for bucket in buckets]
-        return directions
+        for group in filter(moves, self.param_groups):
+            group["step"] += 1
+        return [
+            step_bucket(bucket, group, group["step"], found) if moves(group) else bucket.zeros()
+            for (group, bucket), found in zip(self._grouped(), gathered, strict=True)
+        ]
+
+    def _grouped(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
+        """Each bucket after its group."""
+        return ((group, bucket) for group, buckets in zip(self.param_groups, self._buckets, strict=True) for bucket in buckets)
 
     def _exchange(self, directions: list[Tensor], failed: bool) -> list[list[Tensor]]:
         """For each bucket the directions of all ranks, given this rank's."""
@@ -234,8 +244,8 @@ class AdamWShampoo(Optimizer):
             groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
             for group in groups:
                 check_options(group)
-            load = [0.0] * self._ranks.size
-            buckets = [make_buckets(group, self._ranks.rank, load) for group in groups]
+            loads = [Load(0.0, 0)] * self._ranks.size
+            buckets = [make_buckets(group, self._ranks.rank, loads) for group in groups]
             checkpoint.unpack(buckets, saved)
         except Exception as raised:
             error = raised
@@ -243,7 +253,7 @@ class AdamWShampoo(Optimizer):
         places = iter(range(len(saved)))
         numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": {}, "param_groups": numbered})
-        self._buckets, self._load, self._consolidated, self._exchanges = buckets, load, None, None
+        self._buckets, self._loads, self._consolidated, self._exchanges = buckets, loads, None, None
         for group in self.param_groups:
             self._mark(group)
 

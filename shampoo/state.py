@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .grafting import WITHOUT_SECOND_MOMENT
-from .layout import Layout, build_layouts
+from .layout import Layout, Load, build_layouts
 from .update import block_exponents
 
 
@@ -59,23 +59,24 @@ def tensors(bucket: Bucket) -> list[Tensor]:
     return [flat for _, flat in moments(bucket)] + matrices
 
 
-def make_buckets(group: dict[str, Any], rank: int, load: list[float]) -> list[Bucket]:
+def make_buckets(group: dict[str, Any], rank: int, loads: list[Load]) -> list[Bucket]:
     """Sort a group's parameters into buckets and allocate a rank's state, all zeros; a parameter without elements is in none.
 
-    `load` has the cost that each rank has to bear for earlier groups; this group's is added.
+    `loads` has what each rank has to bear for earlier groups; this group's is added.
     """
     members: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in filter(torch.numel, group["params"]):
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         members.setdefault((p.device, dtype, max(p.shape, default=1) < group["max_dim"]), []).append(p)
     buckets = []
-    for (device, dtype, factored), params in members.items():
+    dearest_first = sorted(members.items(), key=lambda item: not item[0][2])  # those with factors
+    for (device, dtype, factored), params in dearest_first:
 
         def cost(block: tuple[int, ...], factored: bool = factored) -> float:
             """What a block of this bucket costs its rank."""
             return block_cost(block, powers(block, group, factored), group["precondition_frequency"])
 
-        layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, load)
+        layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, loads)
         buckets.append(allocate(params, group, layouts, rank, device, dtype, factored))
     return buckets
 

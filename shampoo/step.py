@@ -11,16 +11,30 @@ from .layout import apply, flatten, load, stack_views
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
 
+Gathered = tuple[list[Tensor | None], list[Tensor | None]]
 
-def step_bucket(bucket: Bucket, group: dict[str, Any], t: int) -> Tensor:
+
+def gather(bucket: Bucket, decay: float) -> Gathered:
+    """The whole gradients of a bucket, and the whole weights where decay needs them; None without a gradient.
+
+    A collective for each DTensor, also for one that has a gradient on other ranks only. It comes for all buckets before what
+    may fail on one rank alone: none shall wait for that one.
+    """
+    grads = [whole(torch.zeros_like(p) if p.grad is None and is_sharded(p) else p.grad) for p in bucket.params]
+    weights = [whole(p) if decay else None for p in bucket.params]
+    return grads, [W if p.grad is not None else None for p, W in zip(bucket.params, weights, strict=True)]
+
+
+def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathered) -> Tensor:
     """Step t = 1, 2, ... of the algorithm for a bucket: the directions of the blocks that this rank owns, a flat vector."""
     plan, decay, decoupled = bucket.layout, group["weight_decay"], group["decoupled_weight_decay"]
     place = (bucket.dtype, bucket.device)
+    grads, weights = gathered
 
-    # 1. Gradients, and weights where decay needs them, from parameters to stacks.
+    # 1. From parameters to stacks.
     moving = bucket.moving()
-    G = load(plan, [whole(p.grad) for p in bucket.params], *place)
-    W = load(plan, list(map(whole, moving)), *place) if decay else None
+    G = load(plan, grads, *place)
+    W = load(plan, weights, *place) if decay else None
     missing = any(p is None for p in moving)
     present = (
         load(plan, [None if p is None else torch.ones(p.shape, device=p.device) for p in moving], *place) if missing else None

@@ -189,17 +189,73 @@ def fully_sharded(rank, size, sizes):
     return whole_weights(model), state_size(optimizer)
 
 
+def placed(rank, size, case):
+    """`fully_sharded` with the layers placed as tensor or hybrid parallelism does, or by hand."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = layers((24, 40, 7))
+    if case == "hybrid":  # replicated over half of the ranks, sharded over the others
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
+    elif case == "tensor":
+        parallelize_module(model, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    elif case == "both":  # FSDP2 over tensor parallelism
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+    else:  # by hand, the biases left whole
+        mesh = init_device_mesh("cpu", (size,))
+        for layer, placement in ((model[0], Shard(1)), (model[2], Replicate())):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [placement]))
+    optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
+    if case == "by hand":
+        alone = layers((24, 40, 7))
+        for t in range(50):
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                q.data = p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach()
+            gradients(alone, t)
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements) if hasattr(p, "full_tensor") else q.grad
+            optimizer.step()
+    else:
+        train_layers(model, optimizer)
+    return whole_weights(model), state_size(optimizer)
+
+
+def sharded_gradient_missing_on_one_rank(rank, size):
+    """As `missing_on_one_rank`, for a DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    p = nn.Parameter(distribute_tensor(torch.zeros(4, 6), init_device_mesh("cpu", (size,)), [Shard(0)]))
+    optimizer = AdamWShampoo([p], **COMMON, weight_decay=0.1)
+    for t in range(6):
+        p.grad = None if t == 3 and rank == 1 else torch.ones_like(p)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return t, str(error)
+    return None
+
+
 def layers(sizes):
     torch.manual_seed(0)
     return nn.Sequential(*(x for a, b in pairwise(sizes) for x in (nn.Linear(a, b), nn.Tanh())))
 
 
+def gradients(model, t):
+    """Those of step t."""
+    draw = torch.Generator().manual_seed(t)
+    model.zero_grad(set_to_none=True)
+    x = torch.randn(16, model[0].in_features, generator=draw)
+    model(x).sub(torch.randn(16, model[-2].out_features, generator=draw)).square().mean().backward()
+
+
 def train_layers(model, optimizer, steps=50):
     for t in range(steps):
-        draw = torch.Generator().manual_seed(t)
-        optimizer.zero_grad(set_to_none=True)
-        x = torch.randn(16, model[0].in_features, generator=draw)
-        model(x).sub(torch.randn(16, model[-2].out_features, generator=draw)).square().mean().backward()
+        gradients(model, t)
         optimizer.step()
 
 
@@ -231,11 +287,15 @@ def received_bytes(rank, size):
 
 
 def failing_on_one_rank(rank, size):
-    """Rank 1 has a complex gradient at the second step: at which step each rank stops, and the error."""
+    """Rank 1 has a sparse gradient at the second step, beside a DTensor: at which step each rank stops, and the error."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     p = torch.zeros(3, 4, requires_grad=True)
-    optimizer = AdamWShampoo([p], **COMMON)
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(4, 6), init_device_mesh("cpu", (size,)), [Shard(0)]))
+    optimizer = AdamWShampoo([{"params": [p]}, {"params": [sharded]}], **COMMON)
     for t in range(4):
-        p.grad = torch.ones(3, 4)
+        p.grad, sharded.grad = torch.ones(3, 4), torch.ones_like(sharded)
         if t == 1 and rank == 1:
             p.grad = torch.sparse_coo_tensor(size=(3, 4))
         try:
