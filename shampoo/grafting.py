@@ -1,11 +1,13 @@
 """Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
 
 A method is a second moment V, kept by `update.accumulate` with `second_moment_decay`, and a function (N, V, bc2, eps) -> step.
-N is the averaged gradient, bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype.
+N is the averaged gradient, bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype, and leave N and V as they are; the
+step may be N itself.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -16,12 +18,14 @@ def sgd(N: Tensor, V: Tensor | None, bc2: float, eps: float) -> Tensor:
 
 def rmsprop(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
     """N / (sqrt(V) + eps), V an average (RMSprop) or a sum (AdaGrad) of squared gradients."""
-    return N / V.sqrt().add_(eps)
+    D = V.sqrt().add_(eps)
+    return torch.div(N, D, out=D)
 
 
 def adam(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
     """N / (sqrt(V / bc2) + eps)."""
-    return N / (V / bc2).sqrt_().add_(eps)
+    D = V.div(bc2).sqrt_().add_(eps)
+    return torch.div(N, D, out=D)
 
 
 # "none" means that the preconditioned direction keeps its own length.

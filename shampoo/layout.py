@@ -171,6 +171,13 @@ def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, d
     return flat
 
 
+def add(layout: Layout, flat: Tensor, tensors: Sequence[Tensor | None], scale: float) -> None:
+    """flat <- flat + scale x in place, for the tensors' parts x, as `fill` copies them."""
+    parts, views = matched_views(layout, flat, merged_views(layout, tensors))
+    if parts:
+        torch._foreach_add_(parts, views, alpha=scale)
+
+
 def apply(layouts: Sequence[Layout], tensors: Sequence[Tensor | None], flats: Sequence[Tensor], scale: float) -> None:
     """X <- X + scale P in place, for each parameter's tensor X and its parts P of the ranks' flat vectors; None is left out."""
     merged = merged_views(layouts[0], tensors)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import update
 from .grafting import GRAFTING, second_moment_decay
-from .layout import apply, flatten, load, stack_views
+from .layout import add, apply, flatten, load, stack_views
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
 
@@ -32,23 +32,27 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathere
     grads, weights = gathered
 
     # 1. From parameters to stacks.
-    moving = bucket.moving()
     G = load(plan, grads, *place)
-    W = load(plan, weights, *place) if decay else None
-    missing = any(p is None for p in moving)
+    missing = [p.grad is None for p in bucket.params]
     present = (
-        load(plan, [None if p is None else torch.ones(p.shape, device=p.device) for p in moving], *place) if missing else None
+        load(
+            plan,
+            [None if gone else torch.ones(p.shape, device=p.device) for p, gone in zip(bucket.params, missing, strict=True)],
+            *place,
+        )
+        if any(missing)
+        else None
     )
     if not plan.stacks:  # more ranks than blocks
         return G
-    if W is not None and not decoupled:
-        G.add_(W, alpha=decay)
+    if decay and not decoupled:
+        add(plan, G, weights, decay)
 
     # 2. Factors, roots and moments give the direction.
     update_preconditioner(bucket, group, t, G, present)
     P = direction(bucket, group, t, G, present)
-    if W is not None and decoupled:
-        P = P.add(W, alpha=decay)
+    if decay and decoupled:
+        add(plan, P, weights, decay)
     if bucket.momentum_buffer is not None:
         P = update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
     return P
@@ -80,14 +84,17 @@ def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tens
 
 
 def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> Tensor:
-    """The flat direction P: the averaged gradient, preconditioned, at the length of the grafting method's step."""
+    """The flat direction P: the averaged gradient, preconditioned, at the length of the grafting method's step.
+
+    It may take the place of G.
+    """
     plan, method = bucket.layout, bucket.grafting
     beta1, beta2 = group["betas"]
-    graft_G = flatten(map(update.normalize, stack_views(plan, G))) if group["normalized_grafting"] else G
+    normalized = flatten(map(update.normalize, stack_views(plan, G))) if group["normalized_grafting"] else None
     graft_beta2 = beta2 if group["grafting_beta2"] is None else group["grafting_beta2"]
     V, graft_bc2 = bucket.exp_avg_sq, update.bias_correction(graft_beta2, t)
     if V is not None:
-        update.accumulate(V, graft_G * graft_G, second_moment_decay(method, graft_beta2), present)
+        update.accumulate_squares(V, G if normalized is None else normalized, second_moment_decay(method, graft_beta2), present)
 
     def graft(N: Tensor) -> Tensor:
         """The grafting method's step."""
@@ -97,8 +104,11 @@ def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present:
     N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
     if not bucket.factored or (t < group["start_preconditioning_step"] and method != "none"):
         return graft(N)
-    P = [update.precondition(stack, roots) for stack, roots in zip(stack_views(plan, N), bucket.inv_roots, strict=True)]
-    if method != "none":
-        lengths = stack_views(plan, graft(graft_G if group["normalized_grafting"] else N))
-        P = list(map(update.rescale, P, lengths))
-    return flatten(P)
+    A = graft(N if normalized is None else normalized)
+    for stack, length, roots in zip(stack_views(plan, N), stack_views(plan, A), bucket.inv_roots, strict=True):
+        P = update.precondition(stack, roots)
+        if method == "none":
+            stack.copy_(P)
+        else:
+            update.rescale(P, length, out=stack)
+    return N

@@ -11,6 +11,9 @@ abstract names the method, the details below are our reading of it):
 
 The competition's submission adds bias corrections, NAdam's look-ahead, grafting (`rescale`) and momentum on P.
 
+Elementwise work is bound by memory, and a new large tensor costs several passes over one that is there. So results take the
+place of what is not needed any more: the averaged gradient that of the gradient, the direction that of the averaged gradient.
+
 Shapes: a stack is B blocks of one shape, (B, d1, ..., dk); a block of order k has k factors. Functions that work elementwise
 take any shape and are called once on the flat vector of all stacks. `present` is None when every block has a gradient;
 otherwise it broadcasts against the state, 1 where a block has a gradient and 0 where it has none: that block's state stays.
@@ -60,6 +63,13 @@ def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> Non
         S.lerp_(X, 1 - beta if present is None else (1 - beta) * present)
 
 
+def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None) -> None:
+    """V <- beta V + (1 - beta) G * G, in place; for beta = 1 a plain sum, as `accumulate`."""
+    if beta < 1.0:
+        V.mul_(beta if present is None else 1 - (1 - beta) * present)
+    V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
+
+
 def unfold(G: Tensor, d: int) -> Tensor:
     """(B, d1, ..., dk) -> (B, d_d, product of the others), d from 1: the matrix whose rows run along dimension d."""
     return G.movedim(d, 1).flatten(2) if G.dim() > 2 else G.unsqueeze(2)
@@ -103,15 +113,14 @@ def refresh_roots(
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:
-    """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1.
+    """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1, in the place of G.
 
-    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G itself, uncorrected.
+    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G, uncorrected.
     """
     if M is None:
         return G
     accumulate(M, G, beta1, present)
-    N = M.lerp(G, 1 - beta1) if nadam else M
-    return N / bc1
+    return G.lerp_(M, beta1).div_(bc1) if nadam else torch.div(M, bc1, out=G)
 
 
 def precondition(N: Tensor, inv_roots: Sequence[Tensor | None]) -> Tensor:
@@ -137,12 +146,12 @@ def normalize(S: Tensor) -> Tensor:
     return S / (block_norms(S) + 1e-16)
 
 
-def rescale(P: Tensor, S: Tensor) -> Tensor:
-    """Give each block of P the Frobenius norm of S's: P ||S||_F / (||P||_F + 1e-16)."""
-    return P * (block_norms(S) / (block_norms(P) + 1e-16))
+def rescale(P: Tensor, S: Tensor, out: Tensor) -> None:
+    """Each block of P with the Frobenius norm of S's: out <- P ||S||_F / (||P||_F + 1e-16)."""
+    torch.mul(P, block_norms(S) / (block_norms(P) + 1e-16), out=out)
 
 
 def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> Tensor:
-    """B <- mu B + (1 - mu) P in place; returns B, or with nesterov (1 - mu) P + mu B."""
+    """B <- mu B + (1 - mu) P in place; returns B, or with nesterov (1 - mu) P + mu B in the place of P."""
     accumulate(B, P, mu, present)
-    return P.lerp(B, mu) if nesterov else B
+    return P.lerp_(B, mu) if nesterov else B
