@@ -39,6 +39,11 @@ def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
     return tuple(merged) or (1,)
 
 
+def merged_shape(shape: tuple[int, ...], block_size: int, merge: bool) -> tuple[int, ...]:
+    """The shape in which a parameter is cut: that of `merge_dims`, or its own; (1,) for a scalar."""
+    return merge_dims(shape, block_size) if merge else tuple(shape) or (1,)
+
+
 def cut(shape: tuple[int, ...], block_size: int) -> list[Tile]:
     """Cut every dimension into chunks of block_size; the last chunk is the remainder (1280 -> 1024 + 256).
 

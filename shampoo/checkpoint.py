@@ -1,8 +1,8 @@
 """State of buckets <-> state per parameter, as `state_dict()` holds it.
 
 For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its tiles n and
-dimensions d `factors.n.d` and `inv_roots.n.d`, (blocks of the tile, size, size). Nothing depends on how blocks are stacked, or
-on which rank owns them.
+dimensions d `factors.n.d`, `inv_roots.n.d` and with solver "qr" `eigvecs.n.d`, (blocks of the tile, size, size). Nothing
+depends on how blocks are stacked, or on which rank owns them.
 """
 
 from collections import Counter
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .layout import fill, gather
 from .ranks import Ranks
-from .state import Bucket, allocate, moments, tensors
+from .state import MATRICES, Bucket, allocate, moments, tensors
 
 Groups = Sequence[dict[str, Any]]
 
 
 def matrices(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
-    """Parameter, key, rows of what is saved, and a view of the blocks, for the factors and inverse roots of each piece."""
-    for kind in ("factors", "inv_roots"):
+    """Parameter, key, rows of what is saved, and a view of the blocks, for the factors, roots and bases of each piece."""
+    for kind in MATRICES:
         for pieces, stack in zip(bucket.layout.pieces, getattr(bucket, kind), strict=True):
             for d, A in enumerate(stack):
                 for piece in pieces if A is not None else ():

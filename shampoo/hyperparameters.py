@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .grafting import GRAFTING
-from .options import BOOL, Rule, check_value, integer, one_of, real
+from .options import BOOL, OPTIONS, Rule, check_value, integer, one_of, real
 from .schedule import TAILS
 
 POINT: dict[str, Rule] = {
@@ -30,7 +30,12 @@ POINT: dict[str, Rule] = {
     "label_smoothing": real(0, 1, below=True),
     "dropout_rate": real(0, 1, below=True),
 }
-OPTIONAL: dict[str, Rule] = {"grad_clip": real(0, above=True)}  # largest norm of the whole gradient
+OPTIONAL: dict[str, Rule] = {
+    "grad_clip": real(0, above=True),  # largest norm of the whole gradient
+    "solver": OPTIONS["solver"],
+    "stagger": OPTIONS["stagger"],
+    "precondition_vectors": OPTIONS["precondition_vectors"],
+}
 
 
 def check_point(point: Mapping[str, Any]) -> None:
@@ -64,4 +69,5 @@ def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
         "grafting": point["grafting"],
         "grafting_eps": point["grafting_epsilon"],
         "normalized_grafting": point["normalized_grafting"],
+        **{key: point[key] for key in OPTIONAL.keys() & OPTIONS.keys() & point.keys()},
     }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocking import Tile, cut, merge_dims
+from .blocking import Tile, cut, merged_shape
 
 
 class Piece(NamedTuple):
@@ -59,7 +59,7 @@ def build_layouts(
     None is one rank.
     """
     loads = [Load(0.0, 0)] if loads is None else loads
-    merged = [merge_dims(shape, block_size) if merge else tuple(shape) or (1,) for shape in shapes]
+    merged = [merged_shape(shape, block_size, merge) for shape in shapes]
     pieces = [
         Piece(i, number, offset, tile, 0)
         for i, shape in enumerate(merged)

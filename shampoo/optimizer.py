@@ -10,16 +10,28 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .layout import Load
-from .options import OPTIONS, check_gradients, check_options, check_parameters, describe, parameter_name
+from .options import (
+    EXCHANGE_DTYPE,
+    NONE,
+    OPTIONS,
+    check_gradients,
+    check_options,
+    check_parameters,
+    check_value,
+    describe,
+    either,
+    one_of,
+    parameter_name,
+)
 from .ranks import Exchange, agree, find_ranks, make_exchanges
 from .state import Bucket, make_buckets
-from .step import gather, move, step_bucket
+from .step import Gathered, gather, move, step_bucket
 
 # Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
 
 
-KEPT = ("_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated")  # in pickles and copies
+KEPT = ("_made", "_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated")  # in pickles and copies
 
 
 def moves(group: dict[str, Any]) -> bool:
@@ -56,13 +68,18 @@ class AdamWShampoo(Optimizer):
         grafting_beta2: decay of the grafting method's second moment; None: betas[1].
         grafting_eps: added to the square root of the second moment.
         normalized_grafting: feed the grafting method G / ||G||_F, block by block.
-        solver: how roots are computed, one of `roots.SOLVERS`.
+        solver: how roots are computed: "eigh", exact; "qr", from the last eigenvectors, which it keeps, another half of the
+            matrices' memory; "newton", by products of matrices alone, for accelerators, for powers 1/1, 1/2, 1/3, ...
+        stagger: refresh a part of the roots at every step, each once in `precondition_frequency` steps, and no step is long.
+        precondition_vectors: whether blocks of order 1 (biases, norms, what is merged into a vector) have a factor, d x d, or
+            move by the grafting method alone (by Adam where that is "none" or "sgd").
         exchange_dtype: dtype in which ranks exchange directions, torch.bfloat16 for half the bytes; None: that of the state.
         process_group: the ranks that share the blocks out, a ProcessGroup or a one-dimensional DeviceMesh; None: the default
             group where torch.distributed is initialised, else this process alone.
 
     Between steps lr, eps, decay, frequency and the like may be changed in `param_groups`. What decides which state there is may
-    not: block_size, merge_dims, max_dim, exponents, grafting, and whether betas[0] or momentum is zero.
+    not: block_size, merge_dims, max_dim, precondition_vectors, exponents, grafting, solver, and whether betas[0] or momentum is
+    zero.
 
     Raises:
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
@@ -99,32 +116,40 @@ class AdamWShampoo(Optimizer):
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
         solver: str = "eigh",
+        stagger: bool = False,
+        precondition_vectors: bool = True,
         exchange_dtype: torch.dtype | None = None,
         process_group: Any = None,
     ):
         options = {name: value for name, value in locals().items() if name in OPTIONS}
+        check_value("exchange_dtype", exchange_dtype, EXCHANGE_DTYPE)
         self._buckets: list[list[Bucket]] = []  # of each group
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._loads = [Load(0.0, 0)] * self._ranks.size  # the blocks that each rank owns
         self._exchanges: list[Exchange] | None = None  # of several ranks; made at the first step
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
-        error = None
+        self._made, error = False, None
         try:
             super().__init__(params, options)
         except Exception as raised:
             error = raised
-        agree(self._ranks, [f"an end of the groups, and exchange_dtype {exchange_dtype}"], error)
+        agree(self._ranks, [f"exchange_dtype {exchange_dtype}", *describe(vars(self).get("param_groups", []))], error)
+        self._mark()
+        self._made = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name take the optimizer's. Raises ValueError as the constructor does.
 
         Of several ranks all must call it, with the same group.
         """
+        if not self._made:  # the constructor's ranks agree on all groups at once
+            self._add(param_group)
+            return
         count, lines, error = len(self.param_groups), [], None
         loads = list(self._loads)
         try:
             self._add(param_group)
-            lines = describe(self.param_groups[-1])
+            lines = describe(self.param_groups)
         except Exception as raised:
             error = raised
         try:
@@ -133,7 +158,7 @@ class AdamWShampoo(Optimizer):
             del self.param_groups[count:], self._buckets[count:]
             self._loads = loads
             raise
-        self._mark(self.param_groups[-1])
+        self._mark()
 
     def _add(self, param_group: dict[str, Any]) -> None:
         unknown = set(param_group) - set(OPTIONS) - FOREIGN_KEYS
@@ -149,28 +174,32 @@ class AdamWShampoo(Optimizer):
         self._buckets.append(make_buckets(group, self._ranks.rank, self._loads))
         self._exchanges = None
 
-    def _mark(self, group: dict[str, Any]) -> None:
+    def _mark(self) -> None:
         """State is in buckets; with an empty `state` torch's checkpoints would take a step first, to have one."""
-        for p in group["params"]:
+        for p in self._params():
             self.state[p] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         self._check_last_exchange()
         self._consolidated = None
 
-        error = None
-        try:
-            directions = self._directions()
-        except Exception as raised:
-            if self._ranks.size == 1:
-                raise
-            error, directions = raised, [bucket.zeros() for bucket in chain(*self._buckets)]
+        loss, error, directions = None, None, []
+        if closure is not None:
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except Exception as raised:
+                error = raised
+        gathered = [gather(bucket, group["weight_decay"]) for group, bucket in self._grouped()]
+        if error is None:
+            try:
+                directions = self._directions(gathered)
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            directions = [bucket.zeros() for bucket in chain(*self._buckets)]
         everyones = self._exchange(directions, failed=error is not None)
         if error is not None:
             raise error  # the other ranks raise at their next step
@@ -178,9 +207,8 @@ class AdamWShampoo(Optimizer):
             move(bucket, of_ranks, scale=-group["lr"])
         return loss
 
-    def _directions(self) -> list[Tensor]:
-        """The directions of this rank's blocks for each bucket."""
-        gathered = [gather(bucket, group["weight_decay"]) for group, bucket in self._grouped()]
+    def _directions(self, gathered: list[Gathered]) -> list[Tensor]:
+        """The directions of this rank's blocks for each bucket, given its gradients and weights."""
         for group in self.param_groups:
             check_gradients(group)
         for group in filter(moves, self.param_groups):
@@ -219,7 +247,8 @@ class AdamWShampoo(Optimizer):
         elif self._consolidated is None:
             raise RuntimeError(
                 f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call consolidate() on "
-                "all ranks after the last step, then state_dict() on the rank that it gathers to"
+                "all ranks after the last step, then state_dict() on the rank that it gathers to; for "
+                "torch.distributed.checkpoint call consolidate(to=None) on all ranks, before loading too"
             )
         else:
             state = dict(self._consolidated)  # torch's checkpoints rename the keys of what they get
@@ -229,16 +258,28 @@ class AdamWShampoo(Optimizer):
     def consolidate(self, to: int | None = 0) -> None:
         """Gather the state of all ranks, for `state_dict()`, to the CPU of one rank of the process group, or with None of all.
 
-        A collective: all ranks must call it. It holds until the next step. On one rank it does nothing.
+        A collective: all ranks must call it. It holds until the next step. On one rank it does nothing. Raises ValueError for
+        another `to`, and if ranks differ in it, in options or in steps, RuntimeError as `step` does.
         """
         self._check_last_exchange()
+        allowed = either(NONE, one_of(*range(self._ranks.size)))
+        error = None
+        try:
+            check_value("to", to, allowed)
+        except ValueError as raised:
+            error = raised
+        agree(self._ranks, [f"to {to}", *describe(self.param_groups)], error)
         if self._ranks.size > 1:
             shards = checkpoint.collect(self._buckets, self.param_groups, self._ranks, to)
             self._consolidated = checkpoint.pack(shards, self._params()) if shards else None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a `state_dict()` in, options too, as torch does. Raises ValueError, leaving the optimizer as it was."""
+        """Copy a `state_dict()` in, options too, as torch does. Raises ValueError, leaving the optimizer as it was.
+
+        A collective: all ranks must call it, with the same state_dict.
+        """
+        groups: list[dict[str, Any]] = []
         error = None
         try:
             groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
@@ -249,16 +290,17 @@ class AdamWShampoo(Optimizer):
             checkpoint.unpack(buckets, saved)
         except Exception as raised:
             error = raised
-        agree(self._ranks, [], error)
+        agree(self._ranks, describe(groups), error)
         places = iter(range(len(saved)))
         numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": {}, "param_groups": numbered})
         self._buckets, self._loads, self._consolidated, self._exchanges = buckets, loads, None, None
-        for group in self.param_groups:
-            self._mark(group)
+        self._mark()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:  # torch keeps only groups and state, for pickle and deepcopy
+        if self._ranks.size > 1:
+            raise RuntimeError("an optimizer of several ranks cannot be pickled or copied: use consolidate() and state_dict()")
         return {**super().__getstate__(), **{name: value for name, value in vars(self).items() if name in KEPT}}

@@ -1,6 +1,6 @@
 """What each option of the optimizer may be, and the checks that say so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -73,7 +73,12 @@ OPTIONS: dict[str, Rule] = {
     "grafting_eps": real(0),
     "normalized_grafting": BOOL,
     "solver": one_of(*SOLVERS),
+    "stagger": BOOL,
+    "precondition_vectors": BOOL,
 }
+
+
+EXCHANGE_DTYPE: Rule = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:
@@ -97,15 +102,20 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {names[i] if names else i} of shape {tuple(group['params'][i].shape)}"
 
 
-def describe(group: dict[str, Any]) -> list[str]:
-    """A line for each option and parameter of a group: what all ranks must have alike."""
-    parameters = (f"{parameter_name(group, i)} of {p.dtype}" for i, p in enumerate(group["params"]))
-    return [*(f"option {name} = {group[name]!r}" for name in OPTIONS), *parameters]
+def describe(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each group, option and parameter: what all ranks must have alike."""
+    lines = []
+    for k, group in enumerate(groups):
+        lines += [f"group {k}", *(f"option {name} = {group[name]!r}" for name in [*OPTIONS, "step"])]
+        lines += [f"{parameter_name(group, i)} of {p.dtype}" for i, p in enumerate(group["params"])]
+    return lines
 
 
 def check_parameters(group: dict[str, Any]) -> None:
-    """Raise ValueError if a parameter is not a dense tensor of a real floating dtype."""
+    """Raise ValueError if a parameter is not a dense tensor of a real floating dtype, or holds several, as FSDP1 makes them."""
     for i, p in enumerate(group["params"]):
+        if getattr(p, "_is_flat_param", False):
+            raise ValueError(f"{parameter_name(group, i)} is a part of several, as FSDP1 makes them; use FSDP2, fully_shard")
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
 

@@ -32,7 +32,7 @@ ALONE = Ranks(None, 0, 1)
 def find_ranks(process_group: Any) -> Ranks:
     """The ranks of a process group or of a one-dimensional DeviceMesh; None is the default group, if there is one.
 
-    Raises ValueError for a mesh of more dimensions.
+    Raises ValueError for a mesh of more dimensions, for anything else, and for a group that this process is not in.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -40,11 +40,16 @@ def find_ranks(process_group: Any) -> Ranks:
         process_group = dist.group.WORLD
     if hasattr(process_group, "get_group"):
         if process_group.ndim != 1:
-            names = process_group.mesh_dim_names
             raise ValueError(
-                f"process_group is a mesh of dimensions {names}; it must have one: pass mesh[name], the one to share over"
+                f"process_group is a mesh of dimensions {process_group.mesh_dim_names or process_group.ndim}; it must have "
+                "one: name the mesh's dimensions and pass mesh[name], the one to share over"
             )
         process_group = process_group.get_group()
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group is {process_group!r}; it must be a ProcessGroup that this process is in, a one-dimensional "
+            "DeviceMesh, or None"
+        )
     return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocking import merged_shape
 from .grafting import WITHOUT_SECOND_MOMENT
-from .layout import Layout, Load, build_layouts
+from .layout import Layout, Load, build_layouts, load
+from .roots import WITH_BASIS, check_solver
 from .update import block_exponents
 
 
@@ -18,8 +20,9 @@ class Bucket:
     """Parameters of one group that share device, state dtype and treatment, with the state of the blocks that a rank owns.
 
     Moments are flat vectors, None where not needed. Factors, roots and exponents have a list for each stack, with an entry for
-    each dimension of its blocks: (B, d, d), or None where the exponent is zero. In a bucket that is not `factored` (parameters
-    with a dimension >= max_dim) the grafting method moves alone.
+    each dimension of its blocks: (B, d, d), or None where the exponent is zero; so have eigvecs, the bases of a solver that
+    keeps them. In a bucket that is not `factored` (parameters with a dimension >= max_dim, vectors if so asked) the grafting
+    method moves alone.
     """
 
     params: list[Tensor]
@@ -35,6 +38,16 @@ class Bucket:
     momentum_buffer: Tensor | None
     factors: list[list[Tensor | None]]
     inv_roots: list[list[Tensor | None]]
+    eigvecs: list[list[Tensor | None]]
+
+    def presence(self) -> Tensor | None:
+        """A flat vector, 1 where a block has a gradient and 0 where it has none; None where all have."""
+        if all(p.grad is not None for p in self.params):
+            return None
+        one = torch.ones((), dtype=self.dtype, device=self.device)
+        return load(
+            self.layout, [None if p.grad is None else one.expand(p.shape) for p in self.params], self.dtype, self.device
+        )
 
     def moving(self) -> list[Tensor | None]:
         """The parameters, None for those without a gradient."""
@@ -46,6 +59,7 @@ class Bucket:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MATRICES = ("factors", "inv_roots", "eigvecs")
 
 
 def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
@@ -55,8 +69,8 @@ def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
 
 def tensors(bucket: Bucket) -> list[Tensor]:
     """All state of a bucket, in an order that depends on its layout alone."""
-    matrices = [A for stacks in (bucket.factors, bucket.inv_roots) for stack in stacks for A in stack if A is not None]
-    return [flat for _, flat in moments(bucket)] + matrices
+    found = [A for kind in MATRICES for stack in getattr(bucket, kind) for A in stack if A is not None]
+    return [flat for _, flat in moments(bucket)] + found
 
 
 def make_buckets(group: dict[str, Any], rank: int, loads: list[Load]) -> list[Bucket]:
@@ -67,7 +81,7 @@ def make_buckets(group: dict[str, Any], rank: int, loads: list[Load]) -> list[Bu
     members: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in filter(torch.numel, group["params"]):
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        members.setdefault((p.device, dtype, max(p.shape, default=1) < group["max_dim"]), []).append(p)
+        members.setdefault((p.device, dtype, has_factors(p, group)), []).append(p)
     buckets = []
     dearest_first = sorted(members.items(), key=lambda item: not item[0][2])  # those with factors
     for (device, dtype, factored), params in dearest_first:
@@ -79,6 +93,12 @@ def make_buckets(group: dict[str, Any], rank: int, loads: list[Load]) -> list[Bu
         layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, loads)
         buckets.append(allocate(params, group, layouts, rank, device, dtype, factored))
     return buckets
+
+
+def has_factors(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a parameter gets factors: all its dimensions are below max_dim, and it is no vector where vectors get none."""
+    order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
+    return max(p.shape, default=1) < group["max_dim"] and (order > 1 or group["precondition_vectors"])
 
 
 def powers(block: tuple[int, ...], group: dict[str, Any], factored: bool) -> tuple[float, ...]:
@@ -109,6 +129,8 @@ def allocate(
     layout = layouts[rank]
     grafting = group["grafting"] if factored or group["grafting"] not in WITHOUT_SECOND_MOMENT else "adam"
     exponents = [powers(tuple(block), group, factored) for _, *block in layout.stacks]
+    for each in exponents:
+        check_solver(group["solver"], each)
 
     def zeros(*shape: int) -> Tensor:
         """State of a shape."""
@@ -118,10 +140,10 @@ def allocate(
         """A flat vector, if there is to be one."""
         return zeros(layout.numel) if needed else None
 
-    def matrices() -> list[list[Tensor | None]]:
+    def matrices(needed: bool = True) -> list[list[Tensor | None]]:
         """For each stack and dimension (B, d, d), None where the exponent is zero."""
         return [
-            [zeros(blocks, d, d) if p else None for d, p in zip(block, each, strict=True)]
+            [zeros(blocks, d, d) if p and needed else None for d, p in zip(block, each, strict=True)]
             for (blocks, *block), each in zip(layout.stacks, exponents, strict=True)
         ]
 
@@ -139,4 +161,5 @@ def allocate(
         momentum_buffer=moment(group["momentum"] > 0),
         factors=matrices(),
         inv_roots=matrices(),
+        eigvecs=matrices(group["solver"] in WITH_BASIS),
     )

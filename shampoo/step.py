@@ -1,5 +1,8 @@
 """A step of the algorithm for one bucket: from gradients to directions, from the directions of all ranks to weights."""
 
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from . import update
 from .grafting import GRAFTING, second_moment_decay
-from .layout import add, apply, flatten, load, stack_views
+from .layout import Load, add, apply, deal, flatten, load, stack_views
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
 
@@ -33,16 +36,7 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathere
 
     # 1. From parameters to stacks.
     G = load(plan, grads, *place)
-    missing = [p.grad is None for p in bucket.params]
-    present = (
-        load(
-            plan,
-            [None if gone else torch.ones(p.shape, device=p.device) for p, gone in zip(bucket.params, missing, strict=True)],
-            *place,
-        )
-        if any(missing)
-        else None
-    )
+    present = bucket.presence()
     if not plan.stacks:  # more ranks than blocks
         return G
     if decay and not decoupled:
@@ -71,16 +65,48 @@ def move(bucket: Bucket, directions: list[Tensor], scale: float) -> None:
 
 
 def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:
-    """Factors from the gradients G; roots from the factors, at step `start` and at later multiples of the frequency."""
+    """Factors from the gradients G; roots from the factors, where due."""
     plan, beta2 = bucket.layout, group["betas"][1]
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
-    blocks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
-    for factors, stack, here in zip(bucket.factors, stack_views(plan, G), blocks, strict=True):
+    marks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
+    for factors, stack, here in zip(bucket.factors, stack_views(plan, G), marks, strict=True):
         update.update_factors(factors, stack, beta2, here)
-    if t == start or (t > start and t % frequency == 0):
+    due = due_blocks(tuple(plan.stacks), t, start, frequency, group["stagger"])
+    if any(due):
         bc2 = update.bias_correction(beta2, t) if group["bias_correction"] else 1.0
-        for inv_roots, factors, exponents in zip(bucket.inv_roots, bucket.factors, bucket.exponents, strict=True):
-            update.refresh_roots(inv_roots, factors, exponents, bc2, group["eps"], group["solver"])
+        for i, blocks in enumerate(due):
+            matrices = bucket.inv_roots[i], bucket.factors[i], bucket.eigvecs[i]
+            update.refresh_roots(*matrices, bucket.exponents[i], bc2, group["eps"], group["solver"], blocks)
+
+
+def due_blocks(
+    stacks: tuple[tuple[int, ...], ...], t: int, start: int, frequency: int, stagger: bool
+) -> Sequence[Sequence[int]]:
+    """The blocks of each stack (B, d1, ..., dk) whose roots are refreshed at step t: all at `start` and later multiples of the
+    frequency; staggered, each at its own step modulo the frequency, from start - frequency + 1 on, so that at `start` all have
+    had theirs (if that is too early for some, they have it at `start`).
+    """
+    everything = [range(blocks) for blocks, *_ in stacks]
+    if not stagger:
+        return everything if t == start or (t > start and t % frequency == 0) else []
+    first = max(1, start - frequency + 1)
+    if t < first:
+        return []
+    late = [] if t != start else [step % frequency for step in range(start + 1, first + frequency)]
+    return [
+        [b for b in blocks if turn[b] == t % frequency or turn[b] in late]
+        for blocks, turn in zip(everything, turns(stacks, frequency), strict=True)
+    ]
+
+
+@cache
+def turns(stacks: tuple[tuple[int, ...], ...], frequency: int) -> list[list[int]]:
+    """For each block of each stack (B, d1, ..., dk) the step modulo the frequency at which its roots are due, such that all
+    steps have alike to do, d^3 for each root.
+    """
+    items = [Load(float(sum(d**3 for d in block)), 0) for blocks, *block in stacks for _ in range(blocks)]
+    dealt = iter(deal(items, [Load(0.0, 0)] * frequency, most=0.0)[0])
+    return [list(islice(dealt, blocks)) for blocks, *_ in stacks]
 
 
 def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> Tensor:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from .roots import inverse_root
 
+NUMBERS_AT_A_TIME = 2**22
+
 
 def bias_correction(beta: float, t: int) -> float:
     """1 - beta^t in float32 arithmetic, as the competition ran it; 1.0 for beta = 1, a plain sum.
@@ -93,23 +95,31 @@ def update_factors(factors: Sequence[Tensor | None], G: Tensor, beta2: float, pr
 def refresh_roots(
     inv_roots: Sequence[Tensor | None],
     factors: Sequence[Tensor | None],
+    eigvecs: Sequence[Tensor | None],
     exponents: Sequence[float],
     bc2: float,
     eps: float,
     solver: str,
+    blocks: Sequence[int],
 ) -> None:
-    """X_d <- (A_d / bc2 + eps I)^(-exponents[d]) in place, for each dimension with a factor: (B, d_d, d_d).
+    """X_d <- (A_d / bc2 + eps I)^(-exponents[d]) in place, for each dimension with a factor: (B, d_d, d_d), for these blocks.
 
-    Raises FloatingPointError if a factor holds NaN or Inf.
+    A few at a time, lest the solver need several times the memory of all factors. Raises FloatingPointError if a factor holds
+    NaN or Inf.
     """
-    for X, A, p in zip(inv_roots, factors, exponents, strict=True):
+    for X, A, Q, p in zip(inv_roots, factors, eigvecs, exponents, strict=True):
         if A is None or X is None:
             continue
-        if not torch.isfinite(A).all():
-            raise FloatingPointError(
-                f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
-            )
-        X.copy_(inverse_root(A / bc2, p, eps, solver, previous=X))
+        few = max(1, NUMBERS_AT_A_TIME // A[0].numel())
+        for some in (list(blocks[i : i + few]) for i in range(0, len(blocks), few)):
+            if not torch.isfinite(A[some]).all():
+                raise FloatingPointError(
+                    f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
+                )
+            basis = Q[some] if Q is not None else None
+            X[some] = inverse_root(A[some] / bc2, p, eps, solver, previous=X[some], Q=basis)
+            if Q is not None and basis is not None:
+                Q[some] = basis
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ class Pool:
     """Processes that wait for the names of checks, one pool for all checks of a number of ranks."""
 
     def __init__(self, size):
-        context = mp.get_context("spawn")
+        context, self.closed = mp.get_context("spawn"), False
         self.folder = tempfile.TemporaryDirectory()
         self.tasks = [context.Queue() for _ in range(size)]
         self.results = context.Queue()
@@ -50,6 +50,7 @@ class Pool:
         return [answers[rank] for rank in range(len(self.tasks))]
 
     def close(self):
+        self.closed = True
         for process in self.processes:
             process.kill()
         self.folder.cleanup()
@@ -161,15 +162,43 @@ def missing_on_one_rank(rank, size):
 
 
 def different_options(rank, size):
-    """Rank 1 asks for another eps, another shape, an unknown option; the errors of each rank."""
+    """Rank 1 asks for another eps, another shape, an unknown option, one more group, no parameters; the errors of each rank."""
     errors = []
-    for case in range(3):
+    for case in range(5):
         p = torch.zeros(3, 4 + (case == 1 and rank == 1))
         options = {**COMMON, "eps": 1e-3 if case == 0 and rank == 1 else 1e-4}
+        groups = [{"params": [p], **({"momentun": 0.9} if case == 2 and rank == 1 else {})}]
+        groups += [{"params": [torch.zeros(2)]}] if case == 3 and rank == 1 else []
         try:
-            AdamWShampoo([{"params": [p], **({"momentun": 0.9} if case == 2 and rank == 1 else {})}], **options)
+            AdamWShampoo([] if case == 4 and rank == 1 else groups, **options)
         except (ValueError, RuntimeError) as error:
             errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def different_later(rank, size):
+    """What consolidate() says to another rate, another `to`, one that is no rank; a checkpoint of another rate; a pickle."""
+    import copy
+
+    errors = []
+
+    def attempt(act):
+        try:
+            act()
+            errors.append("")
+        except (ValueError, RuntimeError) as error:
+            errors.append(str(error))
+
+    optimizer = AdamWShampoo([torch.zeros(3, 4, requires_grad=True)], **COMMON)
+    optimizer.consolidate(to=None)
+    saved = copy.deepcopy(optimizer.state_dict())
+    attempt(lambda: optimizer.consolidate(to=rank))
+    attempt(lambda: optimizer.consolidate(to=7))
+    attempt(lambda: copy.deepcopy(optimizer))
+    optimizer.param_groups[0]["lr"] = 1e-3 + rank
+    attempt(optimizer.consolidate)
+    saved["param_groups"][0]["lr"] = 0.5 + rank
+    attempt(lambda: optimizer.load_state_dict(saved))
     return errors
 
 
@@ -286,8 +315,8 @@ def received_bytes(rank, size):
     return found
 
 
-def failing_on_one_rank(rank, size):
-    """Rank 1 has a sparse gradient at the second step, beside a DTensor: at which step each rank stops, and the error."""
+def failing_on_one_rank(rank, size, closure):
+    """At the second step rank 1 has a sparse gradient or a failing closure; at which step each rank stops, and the error."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -296,11 +325,12 @@ def failing_on_one_rank(rank, size):
     optimizer = AdamWShampoo([{"params": [p]}, {"params": [sharded]}], **COMMON)
     for t in range(4):
         p.grad, sharded.grad = torch.ones(3, 4), torch.ones_like(sharded)
-        if t == 1 and rank == 1:
+        fails = t == 1 and rank == 1
+        if fails and not closure:
             p.grad = torch.sparse_coo_tensor(size=(3, 4))
         try:
-            optimizer.step()
-        except RuntimeError as error:
+            optimizer.step((lambda: [][0]) if fails and closure else None)
+        except (RuntimeError, IndexError) as error:
             return t, str(error)
     return None
 

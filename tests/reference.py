@@ -94,16 +94,17 @@ class Block:
         return N / (np.sqrt(self.V / (correction(gb2, t) if self.graft == "adam" else 1)) + o["grafting_eps"])
 
 
+def has_factors(shape, merged_shape, o):
+    return max(shape, default=1) < o["max_dim"] and (len(merged_shape) > 1 or o["precondition_vectors"])
+
+
 def trajectory(weights, gradients, lrs, options):
     """Weights after each step, float64: `gradients[t][i]` is an array or None for parameter i; options of one group."""
     o = options
     W = [np.array(w, dtype=np.float64) for w in weights]
     shapes = [merged(w.shape, o["block_size"], o["merge_dims"]) for w in W]
     blocks = [
-        [
-            (s, Block(np.zeros(shape)[s].shape, o, max(w.shape, default=1) < o["max_dim"]))
-            for s in slices(shape, o["block_size"])
-        ]
+        [(s, Block(np.zeros(shape)[s].shape, o, has_factors(w.shape, shape, o))) for s in slices(shape, o["block_size"])]
         for w, shape in zip(W, shapes)
     ]
     t, out = 0, []

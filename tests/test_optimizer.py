@@ -164,6 +164,7 @@ def same(a, b):
 
 STATES = {
     "adam": {"block_size": 8},
+    "qr, staggered": {"block_size": 8, "solver": "qr", "stagger": True},
     "momentum": {"momentum": 0.9, "grafting": "sgd", "betas": (0.0, 0.9)},
     "one-sided, unmerged": {"exponents": (0.5, 0.0), "merge_dims": False, "block_size": 4},
     "max_dim": {"max_dim": 9, "grafting": "none"},
@@ -253,6 +254,8 @@ BAD_OPTIONS = {
     "grafting_beta2": [1.5],
     "grafting_eps": [-1.0],
     "solver": ["svd"],
+    "stagger": [1],
+    "precondition_vectors": [None],
 }
 
 
@@ -268,6 +271,15 @@ def test_a_bad_option_is_named_with_its_value(name, value):
     train(optimizer, params, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("exchange_dtype", torch.int8), ("exchange_dtype", "bf16"), ("process_group", [0, 1]), ("process_group", "gloo")],
+)
+def test_a_bad_option_of_the_ranks_is_named_with_its_value(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
+        AdamWShampoo(make_params((2, 2)), **{name: value})
+
+
 def test_unknown_options_and_bad_parameters_are_refused():
     with pytest.raises(TypeError, match="learning_rate"):
         AdamWShampoo(make_params((2,)), learning_rate=0.1)
@@ -277,6 +289,13 @@ def test_unknown_options_and_bad_parameters_are_refused():
         AdamWShampoo([])
     with pytest.raises(ValueError, match=r"parameter 1 of shape \(3,\) .*complex64"):
         AdamWShampoo([*make_params((2,)), torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
+
+
+def test_parts_of_several_parameters_are_refused():
+    (flat,) = make_params((12,))
+    flat._is_flat_param = True  # as FSDP1 marks them: ranks have other parts of the same shape
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(12,\) is a part of several.*use FSDP2"):
+        AdamWShampoo([flat])
 
 
 def test_a_sparse_gradient_is_refused_before_anything_changes():

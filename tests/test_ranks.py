@@ -8,11 +8,11 @@ from rank_checks import Pool, single_process
 
 @pytest.fixture(scope="module")
 def pools():
-    """A pool for each number of ranks, started when first asked for."""
+    """A pool for each number of ranks, started when first asked for, and again after a check that did not end."""
     started = {}
 
     def pool(size):
-        if size not in started:
+        if size not in started or started[size].closed:
             started[size] = Pool(size)
         return started[size]
 
@@ -70,6 +70,24 @@ def test_ranks_that_differ_are_an_error_at_construction(pools):
         assert "rank 1 has parameter 0 of shape (3, 5)" in errors[1]
         assert ("ValueError: a parameter group has" if rank else "RuntimeError: rank 1 failed: ValueError") in errors[2]
         assert "momentun" in errors[2]
+        assert "rank 0 has nothing where rank 1 has group 1" in errors[3]
+        assert "empty parameter list" in errors[4]
+
+
+def test_ranks_that_differ_later_are_an_error_where_they_meet(pools):
+    for errors in pools(2).run(rank_checks.different_later):
+        for text, expected in zip(
+            errors,
+            [
+                "rank 0 has to 0 where rank 1 has to 1",
+                "to is 7; it must be None, or one of 0, 1",
+                "cannot be pickled or copied",
+                "rank 0 has option lr = 0.001 where rank 1 has option lr = 1.001",
+                "rank 0 has option lr = 0.5 where rank 1 has option lr = 1.5",
+            ],
+            strict=True,
+        ):
+            assert expected in text
 
 
 def test_a_group_that_ranks_disagree_on_is_kept_by_none(pools):
@@ -154,11 +172,12 @@ def test_torchs_distributed_checkpoints(pools, tmp_path):
     assert largest_difference(weights[0], whole) <= 1e-6
 
 
-def test_a_rank_that_fails_stops_all(pools):
-    (first, text), (second, own) = pools(2).run(rank_checks.failing_on_one_rank)
+@pytest.mark.parametrize(("closure", "words"), [(False, "it must be dense"), (True, "index out of range")])
+def test_a_rank_that_fails_stops_all(pools, closure, words):
+    (first, text), (second, own) = pools(2).run(rank_checks.failing_on_one_rank, closure=closure)
     assert (first, second) == (2, 1)
     assert "a rank failed in the last step" in text
-    assert "it must be dense" in own
+    assert words in own
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

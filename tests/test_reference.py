@@ -51,6 +51,10 @@ CASES = {
     "max_dim, none": {"max_dim": 6, "grafting": "none"},
     "max_dim, adagrad": {"max_dim": 6, "grafting": "adagrad"},
     "nesterov without momentum": {"nesterov": True},
+    "newton": {"solver": "newton", "block_size": 4},
+    "staggered at every step": {"stagger": True, "precondition_frequency": 1},
+    "vectors without factors": {"precondition_vectors": False},
+    "vectors without factors, sgd": {"precondition_vectors": False, "grafting": "sgd", "block_size": 7},
 }
 
 

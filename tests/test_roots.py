@@ -4,13 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from shampoo import roots
+from shampoo import AdamWShampoo, roots
 from shampoo.roots import SOLVERS, inverse_root
+
+QR_ERROR = 0.2  # of a root by `qr`, relative to its norm, on a factor that moves
 
 
 def exact(A, p, eps):
     lam, Q = np.linalg.eigh(A)
     return (Q * (np.maximum(lam, 0) + eps) ** -p) @ Q.T
+
+
+def relative(ours, expected):
+    return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+
+
+# What `newton` adds to eps, in parts of ||A||_F, moves a root by no more than 40 times the bound of a backward stable solver.
+MULTIPLE = {"eigh": 1, "qr": 1, "newton": 40}
 
 
 @pytest.mark.parametrize("p", [0.125, 0.25, 0.5, 1.0])
@@ -20,21 +30,71 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
     rng, eps = np.random.default_rng(dim), 1e-3
     G = rng.standard_normal((7, dim, rank)).astype(np.float32)
     A = torch.tensor(G @ G.swapaxes(1, 2), device=device)
-    X = SOLVERS[solver](A, p, eps)
+    X = SOLVERS[solver](A, p, eps, torch.zeros_like(A))
     assert X.shape == A.shape
     assert X.dtype == A.dtype
     for ours, matrix in zip(X.cpu().numpy(), A.cpu().double().numpy()):
         expected = exact(matrix, p, eps)
         ratio = eps / max(np.linalg.eigvalsh(matrix)[-1], eps)
-        assert np.linalg.norm(ours - expected) <= max(1e-5, 4e-7 * p / ratio) * np.linalg.norm(expected)
+        assert relative(ours, expected) <= MULTIPLE[solver] * max(1e-5, 4e-7 * p / ratio)
         assert np.linalg.norm(ours - ours.T) <= 1e-5 * np.linalg.norm(ours)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_diagonal_is_taken_elementwise(solver):
-    diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])
-    X = SOLVERS[solver](torch.diag(diagonal)[None], 0.25, 1e-8)
-    torch.testing.assert_close(X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5, atol=0)
+    diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])[None if solver != "newton" else slice(3, None)].flatten()
+    A = torch.diag(diagonal)[None]
+    X = SOLVERS[solver](A, 0.25, 1e-8, torch.zeros_like(A))
+    torch.testing.assert_close(
+        X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5 if solver != "newton" else 0.1, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_basis_follows_a_factor_that_moves(seed):
+    """An average with decay 0.9 of gradients whose covariance turns slowly, its root taken every 10 steps."""
+    draw = torch.Generator().manual_seed(seed)
+    scales, turn = torch.logspace(0, -2, 24), torch.randn(24, 24, generator=draw)
+    A, Q, errors = torch.zeros(2, 24, 24), torch.zeros(2, 24, 24), []
+    for t in range(1, 201):
+        G = torch.linalg.matrix_exp(0.002 * t * (turn - turn.mT)) @ (scales[:, None] * torch.randn(2, 24, 24, generator=draw))
+        A = 0.9 * A + 0.1 * G @ G.mT
+        if t % 10 == 0:
+            X = roots.qr(A, 0.25, 1e-8, Q)
+            errors += [relative(x, exact(a, 0.25, 1e-8)) for x, a in zip(X.numpy(), A.double().numpy())]
+            torch.testing.assert_close(Q.mT @ Q, torch.eye(24).expand(2, 24, 24), rtol=0, atol=1e-5)
+    assert max(errors) < QR_ERROR
+
+
+def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
+    lam, bases = (
+        torch.logspace(0, -3, 16),
+        torch.linalg.qr(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))).Q,
+    )
+    A = (bases * lam) @ bases.mT
+    Q = bases.clone()
+    Q[1] = torch.eye(16)
+    roots.qr(A, 0.25, 1e-8, Q)
+    assert torch.equal(Q[0], bases[0])
+    assert not torch.equal(Q[1], torch.eye(16))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_roots_are_of_full_precision_whatever_is_allowed(solver, device):
+    G = torch.randn(3, 64, 64, device=device, generator=torch.Generator(device).manual_seed(0))
+    A = G @ G.mT / 64
+    full = inverse_root(A, 0.25, 1e-3, solver, A, torch.zeros_like(A))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(inverse_root(A, 0.25, 1e-3, solver, A, torch.zeros_like(A)), full)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_newton_wants_roots_of_whole_numbers():
+    with pytest.raises(ValueError, match=r"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are \(0.3, 0.3\)"):
+        AdamWShampoo([torch.zeros(3, 4)], solver="newton", exponents=0.3, block_size=3)
 
 
 def test_negative_eigenvalues_are_shifted_to_zero():
@@ -46,12 +106,14 @@ def test_negative_eigenvalues_are_shifted_to_zero():
 def test_a_matrix_that_fails_alone_falls_back_alone(monkeypatch, silent):
     """The solver fails on matrix 1 in float32 and on matrix 2 in any precision; matrix 0 and 3 do not notice."""
 
-    def fails(A, p, eps):
+    def fails(A, p, eps, Q=None):
         failing = (A[:, 0, 0] == 3) | ((A[:, 0, 0] == 2) & (A.dtype == torch.float32))
         if failing.any() and not silent:
             raise torch.linalg.LinAlgError("did not converge")
-        return torch.where(failing[:, None, None], torch.nan, roots.eigh(A, p, eps))
+        return torch.where(failing[:, None, None], torch.nan, eigh(A, p, eps))
 
+    eigh = roots.eigh
+    monkeypatch.setattr(roots, "eigh", fails)
     monkeypatch.setitem(SOLVERS, "fails", fails)
     A = torch.stack([d * torch.eye(3) for d in (1.0, 2.0, 3.0, 4.0)])
     previous = torch.full_like(A, 7.0)

@@ -1,0 +1,87 @@
+"""Whether an option costs steps: `python -m experiments.variants --experiment_dir=DIR`.
+
+Each variant of the first point of `runner/tuning_search_space.json` trains the same workloads with the same seeds, as trials of
+`runner.suite`, and its steps to the target are divided by those of the exact solver with the same seed. Printed are the
+geometric mean of these ratios, its 95 % interval (percentiles of means over seeds drawn again, workload by workload), and the
+misses; a miss counts as one step beyond the trial's last. The same command goes on where it stopped.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import app, flags
+
+from runner.report import read_suite
+
+FLAGS = flags.FLAGS
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = ROOT / "runner" / "tuning_search_space.json"
+BASE = "eigh"
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASE: {},
+    "qr": {"solver": "qr"},
+    "newton": {"solver": "newton"},
+    "staggered": {"stagger": True},
+    "vectors without factors": {"precondition_vectors": False},
+}
+DRAWS = 10_000
+
+
+def write_spaces(folder: Path, names: list[str], learning_rate: float) -> list[str]:
+    """A search space of one point for each variant, and the suite's words for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    point = {**json.loads(SPACE.read_text())[0], "learning_rate": learning_rate}
+    entries = []
+    for name in names:
+        path = folder / f"{name.replace(' ', '_')}.json"
+        path.write_text(json.dumps([{**point, **VARIANTS[name]}]))
+        entries.append(f"{path.stem}={ROOT / 'submission.py'}:{path}")
+    return entries
+
+
+def steps_of(trials: pd.DataFrame) -> pd.DataFrame:
+    """Steps to the target, a row for each workload and study, a column for each variant; beyond the last step for a miss."""
+    last = trials["evaluations"].map(lambda evaluations: evaluations["global_step"].iloc[-1] + 1)
+    trials = trials.assign(steps=trials["steps"].where(np.isfinite(trials["steps"]), last), missed=np.isinf(trials["steps"]))
+    return trials.pivot(index=["workload", "study"], columns="submission", values=["steps", "missed"])
+
+
+def compare(steps: pd.DataFrame, base: str) -> pd.DataFrame:
+    """For each variant the geometric mean of the ratios, its interval, and the misses."""
+    logs = steps["steps"].astype(float).map(math.log)
+    ratios = logs.sub(logs[base], axis=0)
+    draw, by_workload = np.random.default_rng(0), ratios.groupby("workload")
+    drawn = [of.to_numpy()[draw.integers(len(of), size=(DRAWS, len(of)))] for _, of in by_workload]
+    means = np.mean([of.mean(axis=1) for of in drawn], axis=0)
+    low, high = np.exp(np.percentile(means, [2.5, 97.5], axis=0))
+    found = {"ratio": np.exp(by_workload.mean().mean()), "low": low, "high": high, "misses": steps["missed"].sum()}
+    return pd.DataFrame(found, index=ratios.columns)
+
+
+def main(_: Any) -> None:
+    """Run what has not been run, and print the tables."""
+    root = Path(FLAGS.experiment_dir).resolve()
+    entries = write_spaces(root / "spaces", FLAGS.variants, FLAGS.learning_rate)
+    suite = [sys.executable, "-m", "runner.suite", f"--submissions={','.join(entries)}", "--num_tuning_trials=1"]
+    suite += [f"--workloads={','.join(FLAGS.workloads)}", f"--num_studies={FLAGS.num_studies}", f"--experiment_dir={root}"]
+    subprocess.run([*suite, f"--eval_every_steps={FLAGS.eval_every_steps}"], cwd=ROOT, check=True)
+    steps = steps_of(read_suite(root))
+    print(steps["steps"].astype(int).to_string(), "\n")
+    print(compare(steps, BASE).round(3).to_string())
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("variants", list(VARIANTS), "which")
+    flags.DEFINE_list("workloads", ["mnist_vit", "pydoc_lm", "solubility_gnn"], "on which workloads")
+    flags.DEFINE_integer("num_studies", 5, "seeds", lower_bound=2)
+    flags.DEFINE_integer("eval_every_steps", 10, "steps from evaluation to evaluation", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 0.014, "of all variants")
+    flags.DEFINE_string("experiment_dir", None, "where trials are kept", required=True)
+    app.run(main)
