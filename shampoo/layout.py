@@ -5,8 +5,9 @@ work is one call for every parameter and a matrix product one call for every sha
 contiguous pieces of it; with several ranks, which share the blocks of a tile out, single blocks are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, product
 from math import prod
 from typing import NamedTuple
 
@@ -122,6 +123,18 @@ def single_blocks(tile: Tile) -> list[Tile]:
 def stack_views(layout: Layout, flat: Tensor) -> list[Tensor]:
     """The flat vector seen as its stacks, each (B, d1, ..., dk)."""
     return [part.view(shape) for part, shape in zip(flat.split([prod(s) for s in layout.stacks]), layout.stacks, strict=True)]
+
+
+def few_stacks(layout: Layout, numel: int) -> Iterator[tuple[slice, Layout]]:
+    """The layout a few consecutive stacks at a time, with at most `numel` numbers together, or one stack: their part of the
+    flat vector, and their layout within it.
+    """
+    ends = list(accumulate(map(prod, layout.stacks), initial=0))
+    first = 0
+    while first < len(layout.stacks):
+        last = max(first + 1, bisect_right(ends, ends[first] + numel) - 1)
+        yield slice(ends[first], ends[last]), Layout(layout.shapes, layout.pieces[first:last], layout.stacks[first:last])
+        first = last
 
 
 def flatten(stacks: Iterable[Tensor]) -> Tensor:

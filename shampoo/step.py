@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import update
 from .grafting import GRAFTING, second_moment_decay
-from .layout import Load, add, apply, deal, flatten, load, stack_views
+from .layout import Load, add, apply, deal, few_stacks, flatten, load, stack_views
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
+
+NUMBERS_AT_A_TIME = 7 * 2**20  # of the grafting method's step: 28 MB, which C's allocator still reuses
 
 Gathered = tuple[list[Tensor | None], list[Tensor | None]]
 
@@ -122,19 +124,21 @@ def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present:
     if V is not None:
         update.accumulate_squares(V, G if normalized is None else normalized, second_moment_decay(method, graft_beta2), present)
 
-    def graft(N: Tensor) -> Tensor:
-        """The grafting method's step."""
-        return GRAFTING[method](N, V, graft_bc2, group["grafting_eps"])
+    def graft(N: Tensor, part: slice = slice(None)) -> Tensor:
+        """The grafting method's step, or a part of it."""
+        return GRAFTING[method](N[part], V if V is None else V[part], graft_bc2, group["grafting_eps"])
 
     bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
     if not bucket.factored or (t < group["start_preconditioning_step"] and method != "none"):
         return graft(N)
-    A = graft(N if normalized is None else normalized)
-    for stack, length, roots in zip(stack_views(plan, N), stack_views(plan, A), bucket.inv_roots, strict=True):
-        P = update.precondition(stack, roots)
-        if method == "none":
-            stack.copy_(P)
-        else:
-            update.rescale(P, length, out=stack)
+    each_roots = iter(bucket.inv_roots)
+    for part, few in few_stacks(plan, NUMBERS_AT_A_TIME):
+        A = graft(N if normalized is None else normalized, part)
+        for stack, length in zip(stack_views(few, N[part]), stack_views(few, A), strict=True):
+            P = update.precondition(stack, next(each_roots))
+            if method == "none":
+                stack.copy_(P)
+            else:
+                update.rescale(P, length, out=stack)
     return N
