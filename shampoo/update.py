@@ -73,23 +73,26 @@ def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None
 
 
 def unfold(G: Tensor, d: int) -> Tensor:
-    """(B, d1, ..., dk) -> (B, d_d, product of the others), d from 1: the matrix whose rows run along dimension d."""
-    return G.movedim(d, 1).flatten(2) if G.dim() > 2 else G.unsqueeze(2)
+    """(B, d1, ..., dk) -> (B, product of the others, d_d), d from 1: the matrix whose rows run along dimension d.
+
+    A view for the first and the last dimension.
+    """
+    return G.movedim(d, -1).flatten(1, -2) if G.dim() > 2 else G.unsqueeze(1)
 
 
 def update_factors(factors: Sequence[Tensor | None], G: Tensor, beta2: float, present: Tensor | None) -> None:
-    """A_d <- beta2 A_d + (1 - beta2) G_d G_d^T in place, G_d = unfold(G, d); for beta2 = 1 a plain sum.
+    """A_d <- beta2 A_d + (1 - beta2) U^T U in place, U = unfold(G, d); for beta2 = 1 a plain sum.
 
     factors[d - 1]: (B, d_d, d_d), None where the exponent is zero; present: (B, 1, 1) or None.
     """
     for d, A in enumerate(factors, start=1):
         if A is None:
             continue
-        Gd = unfold(G, d)
+        U = unfold(G, d)
         if present is None:
-            A.baddbmm_(Gd, Gd.mT, beta=beta2, alpha=1 - beta2 if beta2 < 1 else 1)
+            A.baddbmm_(U.mT, U, beta=beta2, alpha=1 - beta2 if beta2 < 1 else 1)
         else:
-            accumulate(A, Gd @ Gd.mT, beta2, present)
+            accumulate(A, U.mT @ U, beta2, present)
 
 
 def refresh_roots(
@@ -134,15 +137,19 @@ def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, 
 
 
 def precondition(N: Tensor, inv_roots: Sequence[Tensor | None]) -> Tensor:
-    """Contract N (B, d1, ..., dk) with X_d (B, d_d, d_d) along each dimension d; for matrices X_1 N X_2."""
-    last = len(inv_roots)
-    for d, X in enumerate(inv_roots, start=1):
+    """Contract N (B, d1, ..., dk) with X_d (B, d_d, d_d) along each dimension d; for matrices X_1 N X_2.
+
+    The first from the left, the others from the right, the last of them first: so only those between are copied.
+    """
+    for d in (1, *range(len(inv_roots), 1, -1)):
+        X = inv_roots[d - 1]
         if X is None:
             continue
-        if d == last > 1:  # X is symmetric: from the right, no transposed copy
-            N = (N.flatten(1, -2) @ X).view(N.shape)
+        if d == 1:
+            N = (X @ N.reshape(*N.shape[:2], -1)).view(N.shape)
         else:
-            N = (X @ unfold(N, d)).view(N.movedim(d, 1).shape).movedim(1, d)
+            moved = N.movedim(d, -1)
+            N = (moved.flatten(1, -2) @ X).view(moved.shape).movedim(-1, d)
     return N
 
 

@@ -1,0 +1,72 @@
+"""What the benchmark commands count and compute, on cases small enough to know."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments.step_time import OPTIMIZERS, Watch, measure
+from experiments.variants import compare, steps_of
+
+
+def test_operations_are_counted_without_views_and_lists_by_thirties():
+    x, many = torch.zeros(4, 6), [torch.zeros(2) for _ in range(61)]
+    with Watch() as watch:
+        x.add_(1).view(-1)[2:].mul_(2)
+        torch._foreach_add_(many, 1.0)
+        x.T.reshape(4, 6)  # a copy
+    assert watch.operations == 1 + 1 + 3 + 1
+    assert watch.syncs == 0
+    with Watch() as watch:
+        float(x.sum())
+    assert (watch.operations, watch.syncs) == (2, 1)
+
+
+def test_the_peak_is_what_lives_at_once():
+    x = torch.zeros(1000)
+    with Watch() as watch:
+        y = x + 1
+        del y
+        a, b = x * 2, x * 3
+        x.add_(1)
+    assert (watch.bytes, watch.peak) == (8000, 8000)
+    del a, b
+    assert watch.bytes == 0
+
+
+def test_products_are_those_of_the_step():
+    A, G, X = torch.zeros(2, 3, 3), torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    with Watch() as watch:
+        A.baddbmm_(G, G.mT)
+        _ = G @ X
+    before = A.clone()
+    watch.multiply()
+    assert len(watch.products) == 2
+    assert torch.equal(A, before)
+
+
+def test_the_table_of_step_times_knows_the_state():
+    table = measure(["adamw", "shampoo"], [(8, 6), (5,)], frequency=2, block_size=1024, rounds=1, device=torch.device("cpu"))
+    assert set(table.index) <= set(OPTIMIZERS)
+    assert table.loc["shampoo", "state"] == pytest.approx(8 + 4 * 2 * (48**2 + 5**2) / 53)  # (8, 6) is merged into 48
+    assert table.loc["shampoo", "syncs"] == 0
+    assert table.loc["adamw", "state"] == pytest.approx(8, abs=0.2)  # and its step counts
+
+
+def test_ratios_are_paired_by_seed_and_a_miss_counts():
+    def trial(submission, study, steps, last):
+        return {
+            "submission": submission,
+            "workload": "w",
+            "study": study,
+            "steps": steps,
+            "evaluations": pd.DataFrame({"global_step": [1, last]}),
+        }
+
+    trials = [trial("eigh", s, 100.0 * (s + 1), 900) for s in range(3)] + [
+        trial("qr", s, 110.0 * (s + 1), 900) for s in range(3)
+    ]
+    trials += [trial("bad", s, np.inf, 100 * (s + 1) - 1) for s in range(3)]
+    table = compare(steps_of(pd.DataFrame(trials)), "eigh")
+    assert table.loc["qr"].to_list() == pytest.approx([1.1, 1.1, 1.1, 0])
+    assert table.loc["bad"].to_list() == pytest.approx([1.0, 1.0, 1.0, 3])
