@@ -63,9 +63,7 @@ def test_ratios_are_paired_by_seed_and_a_miss_counts():
             "evaluations": pd.DataFrame({"global_step": [1, last]}),
         }
 
-    trials = [trial("eigh", s, 100.0 * (s + 1), 900) for s in range(3)] + [
-        trial("qr", s, 110.0 * (s + 1), 900) for s in range(3)
-    ]
+    trials = [trial(name, s, steps * (s + 1), 900) for name, steps in (("eigh", 100.0), ("qr", 110.0)) for s in range(3)]
     trials += [trial("bad", s, np.inf, 100 * (s + 1) - 1) for s in range(3)]
     table = compare(steps_of(pd.DataFrame(trials)), "eigh")
     assert table.loc["qr"].to_list() == pytest.approx([1.1, 1.1, 1.1, 0])
