@@ -87,9 +87,9 @@ class Watch(TorchDispatchMode):
 
 def shampoo(**options: Any) -> Callable[..., Optimizer]:
     """This project's, with the options of the competition's first point unless others are named."""
-    common = {"betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True, **options}
+    common = {"betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True}
     return lambda params, frequency, block_size: AdamWShampoo(
-        params, LR, precondition_frequency=frequency, block_size=block_size, **common
+        params, LR, **{**common, "precondition_frequency": frequency, "block_size": block_size, **options}
     )
 
 
@@ -103,6 +103,9 @@ def peer(module: str, name: str, **options: Any) -> Callable[..., Optimizer]:
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda params, frequency, block_size: torch.optim.AdamW(params, LR, fused=True),
     "shampoo": shampoo(),
+    "shampoo, qr": shampoo(solver="qr"),
+    "shampoo, staggered": shampoo(stagger=True),
+    "shampoo, small": shampoo(precondition_vectors=False, bf16_roots=True, block_size=512),
     "pytorch_optimizer.SOAP": peer("pytorch_optimizer", "SOAP", max_precondition_dim=1024),
     "heavyball.SOAP": peer("heavyball", "SOAP", max_precond_dim=1024, compile_step=False),
 }
@@ -191,7 +194,7 @@ def measure(
 def main(_: Any) -> None:
     """Print the table."""
     torch.set_num_threads(FLAGS.threads)
-    names = [name for name in FLAGS.optimizers if "." not in name or find_spec(name.split(".")[0])]
+    names = [name for name in FLAGS.optimizer if "." not in name or find_spec(name.split(".")[0])]
     device = torch.device(FLAGS.device)
     table = measure(names, load_shapes()[FLAGS.workload], FLAGS.frequency, FLAGS.block_size, FLAGS.rounds, device)
     print(f"{FLAGS.workload}, {device}, {FLAGS.threads} threads, torch {torch.__version__}")
@@ -200,7 +203,7 @@ def main(_: Any) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("workload", "ogbg", sorted(load_shapes()), "whose shapes")
-    flags.DEFINE_list("optimizers", sorted(OPTIMIZERS), "which; those that are not installed are left out")
+    flags.DEFINE_multi_enum("optimizer", list(OPTIMIZERS), list(OPTIMIZERS), "which; those not installed are left out")
     flags.DEFINE_integer("frequency", 4, "steps between refreshes while measuring", lower_bound=2)
     flags.DEFINE_integer("block_size", 1024, "the largest block", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "of `frequency` steps, of which medians are taken", lower_bound=1)

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "newton": {"solver": "newton"},
     "staggered": {"stagger": True},
     "vectors without factors": {"precondition_vectors": False},
+    "small": {"precondition_vectors": False, "bf16_roots": True, "block_size": 64},
 }
 DRAWS = 10_000
 

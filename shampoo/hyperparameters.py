@@ -35,6 +35,7 @@ OPTIONAL: dict[str, Rule] = {
     "solver": OPTIONS["solver"],
     "stagger": OPTIONS["stagger"],
     "precondition_vectors": OPTIONS["precondition_vectors"],
+    "bf16_roots": OPTIONS["bf16_roots"],
 }
 
 

@@ -11,19 +11,16 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .layout import Load
 from .options import (
-    EXCHANGE_DTYPE,
-    NONE,
     OPTIONS,
+    check_exchange,
     check_gradients,
     check_options,
     check_parameters,
-    check_value,
+    check_rank,
     describe,
-    either,
-    one_of,
     parameter_name,
 )
-from .ranks import Exchange, agree, find_ranks, make_exchanges
+from .ranks import Exchange, agree, attempt, find_ranks, make_exchanges
 from .state import Bucket, make_buckets
 from .step import Gathered, gather, move, step_bucket
 
@@ -73,13 +70,14 @@ class AdamWShampoo(Optimizer):
         stagger: refresh a part of the roots at every step, each once in `precondition_frequency` steps, and no step is long.
         precondition_vectors: whether blocks of order 1 (biases, norms, what is merged into a vector) have a factor, d x d, or
             move by the grafting method alone (by Adam where that is "none" or "sgd").
+        bf16_roots: keep roots, whatever they are computed in, in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions, torch.bfloat16 for half the bytes; None: that of the state.
         process_group: the ranks that share the blocks out, a ProcessGroup or a one-dimensional DeviceMesh; None: the default
             group where torch.distributed is initialised, else this process alone.
 
     Between steps lr, eps, decay, frequency and the like may be changed in `param_groups`. What decides which state there is may
-    not: block_size, merge_dims, max_dim, precondition_vectors, exponents, grafting, solver, and whether betas[0] or momentum is
-    zero.
+    not: block_size, merge_dims, max_dim, precondition_vectors, exponents, grafting, solver, bf16_roots, and whether betas[0] or
+    momentum is zero.
 
     Raises:
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
@@ -118,24 +116,25 @@ class AdamWShampoo(Optimizer):
         solver: str = "eigh",
         stagger: bool = False,
         precondition_vectors: bool = True,
+        bf16_roots: bool = False,
         exchange_dtype: torch.dtype | None = None,
         process_group: Any = None,
     ):
         options = {name: value for name, value in locals().items() if name in OPTIONS}
-        check_value("exchange_dtype", exchange_dtype, EXCHANGE_DTYPE)
         self._buckets: list[list[Bucket]] = []  # of each group
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._loads = [Load(0.0, 0)] * self._ranks.size  # the blocks that each rank owns
         self._exchanges: list[Exchange] | None = None  # of several ranks; made at the first step
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
-        self._made, error = False, None
-        try:
-            super().__init__(params, options)
-        except Exception as raised:
-            error = raised
+        self._made = False
+        _, error = attempt(self._make, params, options)
         agree(self._ranks, [f"exchange_dtype {exchange_dtype}", *describe(vars(self).get("param_groups", []))], error)
         self._mark()
         self._made = True
+
+    def _make(self, params: Any, options: dict[str, Any]) -> None:
+        check_exchange(self._exchange_dtype)
+        super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name take the optimizer's. Raises ValueError as the constructor does.
@@ -145,15 +144,10 @@ class AdamWShampoo(Optimizer):
         if not self._made:  # the constructor's ranks agree on all groups at once
             self._add(param_group)
             return
-        count, lines, error = len(self.param_groups), [], None
-        loads = list(self._loads)
+        count, loads = len(self.param_groups), list(self._loads)
+        _, error = attempt(self._add, param_group)
         try:
-            self._add(param_group)
-            lines = describe(self.param_groups)
-        except Exception as raised:
-            error = raised
-        try:
-            agree(self._ranks, lines, error)
+            agree(self._ranks, describe(self.param_groups), error)
         except Exception:  # this rank's or another's: no rank keeps the group
             del self.param_groups[count:], self._buckets[count:]
             self._loads = loads
@@ -185,20 +179,10 @@ class AdamWShampoo(Optimizer):
         self._check_last_exchange()
         self._consolidated = None
 
-        loss, error, directions = None, None, []
-        if closure is not None:
-            try:
-                with torch.enable_grad():
-                    loss = closure()
-            except Exception as raised:
-                error = raised
+        loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
         gathered = [gather(bucket, group["weight_decay"]) for group, bucket in self._grouped()]
-        if error is None:
-            try:
-                directions = self._directions(gathered)
-            except Exception as raised:
-                error = raised
-        if error is not None:
+        directions, error = attempt(self._directions, gathered) if error is None else (None, error)
+        if directions is None:
             directions = [bucket.zeros() for bucket in chain(*self._buckets)]
         everyones = self._exchange(directions, failed=error is not None)
         if error is not None:
@@ -262,12 +246,7 @@ class AdamWShampoo(Optimizer):
         another `to`, and if ranks differ in it, in options or in steps, RuntimeError as `step` does.
         """
         self._check_last_exchange()
-        allowed = either(NONE, one_of(*range(self._ranks.size)))
-        error = None
-        try:
-            check_value("to", to, allowed)
-        except ValueError as raised:
-            error = raised
+        _, error = attempt(check_rank, "to", to, self._ranks.size)
         agree(self._ranks, [f"to {to}", *describe(self.param_groups)], error)
         if self._ranks.size > 1:
             shards = checkpoint.collect(self._buckets, self.param_groups, self._ranks, to)
@@ -279,23 +258,24 @@ class AdamWShampoo(Optimizer):
 
         A collective: all ranks must call it, with the same state_dict.
         """
-        groups: list[dict[str, Any]] = []
-        error = None
-        try:
-            groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
-            for group in groups:
-                check_options(group)
-            loads = [Load(0.0, 0)] * self._ranks.size
-            buckets = [make_buckets(group, self._ranks.rank, loads) for group in groups]
-            checkpoint.unpack(buckets, saved)
-        except Exception as raised:
-            error = raised
-        agree(self._ranks, describe(groups), error)
-        places = iter(range(len(saved)))
+        read, error = attempt(self._read, state_dict)
+        agree(self._ranks, describe(read[0]) if read else [], error)
+        groups, buckets, loads = read
+        places = iter(range(len(self._params())))
         numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": {}, "param_groups": numbered})
         self._buckets, self._loads, self._consolidated, self._exchanges = buckets, loads, None, None
         self._mark()
+
+    def _read(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[Bucket]], list[Load]]:
+        """Groups, buckets and loads of a state_dict."""
+        groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
+        for group in groups:
+            check_options(group)
+        loads = [Load(0.0, 0)] * self._ranks.size
+        buckets = [make_buckets(group, self._ranks.rank, loads) for group in groups]
+        checkpoint.unpack(buckets, saved)
+        return groups, buckets, loads
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

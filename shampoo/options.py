@@ -75,10 +75,8 @@ OPTIONS: dict[str, Rule] = {
     "solver": one_of(*SOLVERS),
     "stagger": BOOL,
     "precondition_vectors": BOOL,
+    "bf16_roots": BOOL,
 }
-
-
-EXCHANGE_DTYPE: Rule = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:
@@ -94,6 +92,16 @@ def check_options(options: dict[str, Any]) -> None:
         if name not in options:
             raise ValueError(f"option {name} is missing; it must be {rule[1]}")
         check_value(name, options[name], rule)
+
+
+def check_exchange(dtype: Any) -> None:
+    """Raise ValueError unless ranks can exchange directions in this dtype; None is that of the state."""
+    check_value("exchange_dtype", dtype, one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+def check_rank(name: str, rank: Any, size: int) -> None:
+    """Raise ValueError unless this is a rank of a group of this size, or None."""
+    check_value(name, rank, one_of(None, *range(size)))
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:

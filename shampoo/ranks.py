@@ -5,7 +5,7 @@ applies them to its weights. Who owns which block is decided by `layout.build_la
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,14 @@ def find_ranks(process_group: Any) -> Ranks:
             "DeviceMesh, or None"
         )
     return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+    """What the call returns and what it raises, one of them None: of several ranks the others must hear of an error first."""
+    try:
+        return act(*arguments), None
+    except Exception as error:
+        return None, error
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:

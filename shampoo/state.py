@@ -132,7 +132,7 @@ def allocate(
     for each in exponents:
         check_solver(group["solver"], each)
 
-    def zeros(*shape: int) -> Tensor:
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         """State of a shape."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -140,10 +140,10 @@ def allocate(
         """A flat vector, if there is to be one."""
         return zeros(layout.numel) if needed else None
 
-    def matrices(needed: bool = True) -> list[list[Tensor | None]]:
+    def matrices(needed: bool = True, dtype: torch.dtype = dtype) -> list[list[Tensor | None]]:
         """For each stack and dimension (B, d, d), None where the exponent is zero."""
         return [
-            [zeros(blocks, d, d) if p and needed else None for d, p in zip(block, each, strict=True)]
+            [zeros(blocks, d, d, dtype=dtype) if p and needed else None for d, p in zip(block, each, strict=True)]
             for (blocks, *block), each in zip(layout.stacks, exponents, strict=True)
         ]
 
@@ -160,6 +160,6 @@ def allocate(
         exp_avg_sq=moment(grafting not in WITHOUT_SECOND_MOMENT),
         momentum_buffer=moment(group["momentum"] > 0),
         factors=matrices(),
-        inv_roots=matrices(),
+        inv_roots=matrices(dtype=torch.bfloat16 if group["bf16_roots"] else dtype),
         eigvecs=matrices(group["solver"] in WITH_BASIS),
     )

@@ -120,7 +120,7 @@ def refresh_roots(
                     f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
                 )
             basis = Q[some] if Q is not None else None
-            X[some] = inverse_root(A[some] / bc2, p, eps, solver, previous=X[some], Q=basis)
+            X[some] = inverse_root(A[some] / bc2, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
             if Q is not None and basis is not None:
                 Q[some] = basis
 
@@ -145,6 +145,7 @@ def precondition(N: Tensor, inv_roots: Sequence[Tensor | None]) -> Tensor:
         X = inv_roots[d - 1]
         if X is None:
             continue
+        X = X.to(N.dtype)
         if d == 1:
             N = (X @ N.reshape(*N.shape[:2], -1)).view(N.shape)
         else:

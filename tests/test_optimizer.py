@@ -83,6 +83,21 @@ def test_dimensions_beyond_max_dim_cost_no_factors():
     assert {key: tuple(x.shape) for key, x in state.items()} == {"exp_avg": (1_000_000, 2), "exp_avg_sq": (1_000_000, 2)}
 
 
+def test_roots_may_be_kept_in_half_the_bytes():
+    weights = []
+    for small in (False, True):
+        (W,) = params = make_params((20, 9))
+        optimizer = AdamWShampoo(params, bf16_roots=small, precondition_frequency=2, lr=1e-2, merge_dims=False)
+        train(optimizer, params, 10)
+        state = optimizer.state_dict()["state"][0]
+        assert {x.dtype for key, x in state.items() if "roots" in key} == {torch.bfloat16 if small else torch.float32}
+        assert {x.dtype for key, x in state.items() if "roots" not in key} == {torch.float32}
+        weights.append(W.detach())
+    (start,) = make_params((20, 9))
+    moved = (weights[0] - start.detach()).norm()
+    assert 0 < (weights[0] - weights[1]).norm() < 0.02 * moved
+
+
 class Recorder(TorchDispatchMode):
     """The names of the operations that are dispatched."""
 
@@ -164,7 +179,7 @@ def same(a, b):
 
 STATES = {
     "adam": {"block_size": 8},
-    "qr, staggered": {"block_size": 8, "solver": "qr", "stagger": True},
+    "qr, staggered, small": {"block_size": 8, "solver": "qr", "stagger": True, "bf16_roots": True},
     "momentum": {"momentum": 0.9, "grafting": "sgd", "betas": (0.0, 0.9)},
     "one-sided, unmerged": {"exponents": (0.5, 0.0), "merge_dims": False, "block_size": 4},
     "max_dim": {"max_dim": 9, "grafting": "none"},
@@ -190,7 +205,8 @@ def test_a_run_resumed_from_its_state_dict_goes_on_bit_for_bit(options, dtype, d
     train(other, resumed, 7, first=7)
     assert same(params, resumed)
     assert same(optimizer.state_dict(), other.state_dict())
-    assert all(x.dtype == torch.float32 for state in other.state_dict()["state"].values() for x in state.values())
+    state = [(name, x) for of_parameter in other.state_dict()["state"].values() for name, x in of_parameter.items()]
+    assert all(x.dtype == torch.float32 or ("roots" in name and options.get("bf16_roots")) for name, x in state)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
@@ -256,6 +272,7 @@ BAD_OPTIONS = {
     "solver": ["svd"],
     "stagger": [1],
     "precondition_vectors": [None],
+    "bf16_roots": [0],
 }
 
 

@@ -80,7 +80,7 @@ def test_ranks_that_differ_later_are_an_error_where_they_meet(pools):
             errors,
             [
                 "rank 0 has to 0 where rank 1 has to 1",
-                "to is 7; it must be None, or one of 0, 1",
+                "to is 7; it must be one of None, 0, 1",
                 "cannot be pickled or copied",
                 "rank 0 has option lr = 0.001 where rank 1 has option lr = 1.001",
                 "rank 0 has option lr = 0.5 where rank 1 has option lr = 1.5",

@@ -248,6 +248,12 @@ def test_the_five_points_are_the_competitions():
         assert {key: group[key] for key in common} == common
 
 
+def test_a_point_may_choose_what_makes_steps_cheaper():
+    workload, chosen = FakeWorkload(), {"solver": "qr", "stagger": True, "precondition_vectors": False}
+    group = start(workload, as_point(**chosen))["optimizer"].param_groups[0]
+    assert {key: group[key] for key in chosen} == chosen
+
+
 def test_the_schedule_spans_the_step_hint_times_its_factor():
     workload, point = FakeWorkload(), as_point(step_hint_factor=0.5, warmup_factor=0.25)
     scheduler, rates = start(workload, point)["scheduler"], []
@@ -272,6 +278,7 @@ def test_the_schedule_spans_the_step_hint_times_its_factor():
         ({"dropout_rate": ...}, r"missing: \['dropout_rate'\]"),
         ({"momentum": 0.9}, r"unknown: \['momentum'\]"),
         ({"grad_clip": 0.0}, "hyperparameter grad_clip is 0.0"),
+        ({"solver": "svd"}, "hyperparameter solver is 'svd'"),
     ],
 )
 def test_a_bad_point_is_refused(changes, message):
