@@ -11,6 +11,7 @@ Optimizers take the same steps in turn, in one process, with the same gradients.
     syncs               operations of an ordinary step for which the host waits
     state, peak         bytes per parameter that are kept, and that a refresh needs beside them
 
+Gradients are drawn anew at each step, so that factors move more than in training: solver "qr" has its worst case here.
 pytorch_optimizer and heavyball are measured where they are installed.
 """
 
