@@ -246,7 +246,7 @@ class AdamWShampoo(Optimizer):
         another `to`, and if ranks differ in it, in options or in steps, RuntimeError as `step` does.
         """
         self._check_last_exchange()
-        _, error = attempt(check_rank, "to", to, self._ranks.size)
+        _, error = attempt(check_rank, to, self._ranks.size)
         agree(self._ranks, [f"to {to}", *describe(self.param_groups)], error)
         if self._ranks.size > 1:
             shards = checkpoint.collect(self._buckets, self.param_groups, self._ranks, to)

@@ -99,9 +99,9 @@ def check_exchange(dtype: Any) -> None:
     check_value("exchange_dtype", dtype, one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
-def check_rank(name: str, rank: Any, size: int) -> None:
-    """Raise ValueError unless this is a rank of a group of this size, or None."""
-    check_value(name, rank, one_of(None, *range(size)))
+def check_rank(to: Any, size: int) -> None:
+    """Raise ValueError unless `to` is a rank of a group of this size, or None."""
+    check_value("to", to, one_of(None, *range(size)))
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:

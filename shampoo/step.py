@@ -14,7 +14,7 @@ from .layout import Load, add, apply, deal, few_stacks, flatten, load, stack_vie
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
 
-NUMBERS_AT_A_TIME = 7 * 2**20  # of the grafting method's step: 28 MB, which C's allocator still reuses
+GRAFTED_AT_A_TIME = 7 * 2**20  # numbers of the grafting method's step: 28 MB, which C's allocator still reuses
 
 Gathered = tuple[list[Tensor | None], list[Tensor | None]]
 
@@ -133,7 +133,7 @@ def direction(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present:
     if not bucket.factored or (t < group["start_preconditioning_step"] and method != "none"):
         return graft(N)
     each_roots = iter(bucket.inv_roots)
-    for part, few in few_stacks(plan, NUMBERS_AT_A_TIME):
+    for part, few in few_stacks(plan, GRAFTED_AT_A_TIME):
         A = graft(N if normalized is None else normalized, part)
         for stack, length in zip(stack_views(few, N[part]), stack_views(few, A), strict=True):
             P = update.precondition(stack, next(each_roots))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .roots import inverse_root
 
-NUMBERS_AT_A_TIME = 2**22
+ROOTS_AT_A_TIME = 2**22  # numbers
 
 
 def bias_correction(beta: float, t: int) -> float:
@@ -113,14 +113,15 @@ def refresh_roots(
     for X, A, Q, p in zip(inv_roots, factors, eigvecs, exponents, strict=True):
         if A is None or X is None:
             continue
-        few = max(1, NUMBERS_AT_A_TIME // A[0].numel())
+        few = max(1, ROOTS_AT_A_TIME // A[0].numel())
         for some in (list(blocks[i : i + few]) for i in range(0, len(blocks), few)):
-            if not torch.isfinite(A[some]).all():
+            matrices = A[some]
+            if not torch.isfinite(matrices).all():
                 raise FloatingPointError(
                     f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
                 )
             basis = Q[some] if Q is not None else None
-            X[some] = inverse_root(A[some] / bc2, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
+            X[some] = inverse_root(matrices / bc2, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
             if Q is not None and basis is not None:
                 Q[some] = basis
 

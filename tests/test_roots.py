@@ -7,7 +7,7 @@ import torch
 from shampoo import AdamWShampoo, roots
 from shampoo.roots import SOLVERS, inverse_root
 
-QR_ERROR = 0.2  # of a root by `qr`, relative to its norm, on a factor that moves
+QR_ERROR = 0.1  # of a root by `qr`, relative to its norm, on a factor that moves
 
 
 def exact(A, p, eps):
@@ -40,14 +40,19 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
         assert np.linalg.norm(ours - ours.T) <= 1e-5 * np.linalg.norm(ours)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["eigh", "qr"])
 def test_a_diagonal_is_taken_elementwise(solver):
-    diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])[None if solver != "newton" else slice(3, None)].flatten()
+    diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])
     A = torch.diag(diagonal)[None]
     X = SOLVERS[solver](A, 0.25, 1e-8, torch.zeros_like(A))
-    torch.testing.assert_close(
-        X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5 if solver != "newton" else 0.1, atol=1e-7
-    )
+    torch.testing.assert_close(X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5, atol=0)
+
+
+def test_a_basis_that_failed_begins_anew():
+    A = 2 * torch.eye(3)[None]
+    Q = torch.full_like(A, torch.nan)
+    torch.testing.assert_close(inverse_root(A, 0.5, 1e-8, "qr", A, Q), 2**-0.5 * torch.eye(3)[None])
+    assert not Q.any()
 
 
 @pytest.mark.parametrize("seed", range(3))
