@@ -41,7 +41,7 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
     loads = [Load(0.0, 0)] * ranks
     buckets = make_buckets(group, 0, loads)
     blocks = [
-        (block, block_cost(block, powers(block, group, bucket.factored), group["precondition_frequency"]))
+        (block, block_cost(block, powers(block, group, bucket.factored), group))
         for bucket in buckets
         for block in blocks_of(bucket)
     ]

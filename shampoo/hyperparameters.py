@@ -34,6 +34,7 @@ OPTIONAL: dict[str, Rule] = {
     "grad_clip": real(0, above=True),  # largest norm of the whole gradient
     "solver": OPTIONS["solver"],
     "stagger": OPTIONS["stagger"],
+    "factor_frequency": OPTIONS["factor_frequency"],
     "precondition_vectors": OPTIONS["precondition_vectors"],
     "bf16_roots": OPTIONS["bf16_roots"],
 }

@@ -58,6 +58,7 @@ class AdamWShampoo(Optimizer):
         max_dim: a parameter with a dimension >= max_dim gets no factors; it moves by its grafting method (by Adam where that is
             "none" or "sgd").
         precondition_frequency: steps between refreshes of the roots.
+        factor_frequency: k: factors take the gradients of steps 1, k + 1, 2k + 1, ... alone, with decay betas[1]^k.
         start_preconditioning_step: step of the first refresh; before it the grafting method moves alone. None: the frequency
             that the group begins with. With grafting "none" roots are zero before it, and only decay acts.
         exponents, exponent_multiplier: see `update.block_exponents`; None is 1/(2k) for each of k dimensions.
@@ -106,6 +107,7 @@ class AdamWShampoo(Optimizer):
         merge_dims: bool = True,
         max_dim: int = 1_000_000,
         precondition_frequency: int = 10,
+        factor_frequency: int = 1,
         start_preconditioning_step: int | None = None,
         exponents: float | tuple[float, float] | None = None,
         exponent_multiplier: float = 1.0,

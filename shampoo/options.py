@@ -65,6 +65,7 @@ OPTIONS: dict[str, Rule] = {
     "merge_dims": BOOL,
     "max_dim": integer(1),
     "precondition_frequency": integer(1),
+    "factor_frequency": integer(1),
     "start_preconditioning_step": either(integer(1), NONE),
     "exponents": either(EXPONENT, pair(EXPONENT, EXPONENT), NONE),
     "exponent_multiplier": real(0),

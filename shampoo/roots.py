@@ -41,7 +41,7 @@ def qr(A: Tensor, p: float, eps: float, Q: Tensor) -> Tensor:
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
-    square = A.square().sum(dim=(1, 2))
+    square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
     turn = square - lam.square().sum(dim=1) > QR_TOLERANCE**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
     if first.any():

@@ -88,7 +88,7 @@ def make_buckets(group: dict[str, Any], rank: int, loads: list[Load]) -> list[Bu
 
         def cost(block: tuple[int, ...], factored: bool = factored) -> float:
             """What a block of this bucket costs its rank."""
-            return block_cost(block, powers(block, group, factored), group["precondition_frequency"])
+            return block_cost(block, powers(block, group, factored), group)
 
         layouts = build_layouts([tuple(p.shape) for p in params], group["block_size"], group["merge_dims"], cost, loads)
         buckets.append(allocate(params, group, layouts, rank, device, dtype, factored))
@@ -108,12 +108,12 @@ def powers(block: tuple[int, ...], group: dict[str, Any], factored: bool) -> tup
     return block_exponents(len(block), group["exponents"], group["exponent_multiplier"])
 
 
-def block_cost(block: tuple[int, ...], exponents: tuple[float, ...], frequency: int) -> float:
+def block_cost(block: tuple[int, ...], exponents: tuple[float, ...], group: dict[str, Any]) -> float:
     """Floating point operations per step for a block: 20 n of elementwise work, n being its elements, and for each factor of
-    size d 2 n d for its update, 2 n d for preconditioning, and a root each `frequency` steps, for which 25 d^3 is usual.
+    size d 2 n d for preconditioning, as much for each update, and a root now and then, for which 25 d^3 is usual.
     """
-    n = prod(block)
-    return 20 * n + sum(4 * n * d + 25 * d**3 / frequency for d, p in zip(block, exponents, strict=True) if p)
+    n, updates, refreshes = prod(block), 1 / group["factor_frequency"], 1 / group["precondition_frequency"]
+    return 20 * n + sum(2 * n * d * (1 + updates) + 25 * d**3 * refreshes for d, p in zip(block, exponents, strict=True) if p)
 
 
 def allocate(

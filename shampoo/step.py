@@ -67,15 +67,19 @@ def move(bucket: Bucket, directions: list[Tensor], scale: float) -> None:
 
 
 def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tensor, present: Tensor | None) -> None:
-    """Factors from the gradients G; roots from the factors, where due."""
-    plan, beta2 = bucket.layout, group["betas"][1]
+    """Factors from the gradients G, and roots from the factors, where due."""
+    plan, beta2, every = bucket.layout, group["betas"][1], group["factor_frequency"]
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
-    marks = [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
-    for factors, stack, here in zip(bucket.factors, stack_views(plan, G), marks, strict=True):
-        update.update_factors(factors, stack, beta2, here)
+    since = (t - 1) % every
+    if since == 0:
+        marks = (
+            [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
+        )
+        for factors, stack, here in zip(bucket.factors, stack_views(plan, G), marks, strict=True):
+            update.update_factors(factors, stack, beta2**every, here)
     due = due_blocks(tuple(plan.stacks), t, start, frequency, group["stagger"])
     if any(due):
-        bc2 = update.bias_correction(beta2, t) if group["bias_correction"] else 1.0
+        bc2 = update.bias_correction(beta2, t - since - 1 + every) if group["bias_correction"] else 1.0
         for i, blocks in enumerate(due):
             matrices = bucket.inv_roots[i], bucket.factors[i], bucket.eigvecs[i]
             update.refresh_roots(*matrices, bucket.exponents[i], bc2, group["eps"], group["solver"], blocks)

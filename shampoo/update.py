@@ -20,7 +20,7 @@ otherwise it broadcasts against the state, 1 where a block has a gradient and 0 
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -114,16 +114,23 @@ def refresh_roots(
         if A is None or X is None:
             continue
         few = max(1, ROOTS_AT_A_TIME // A[0].numel())
-        for some in (list(blocks[i : i + few]) for i in range(0, len(blocks), few)):
-            matrices = A[some]
+        for some in parts(blocks, few):
+            matrices = A[some] / bc2
             if not torch.isfinite(matrices).all():
                 raise FloatingPointError(
                     f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
                 )
             basis = Q[some] if Q is not None else None
-            X[some] = inverse_root(matrices / bc2, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
+            X[some] = inverse_root(matrices, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
             if Q is not None and basis is not None:
                 Q[some] = basis
+
+
+def parts(blocks: Sequence[int], few: int) -> Iterator[slice | list[int]]:
+    """A few blocks at a time: a slice, which copies nothing, where they follow one another."""
+    for i in range(0, len(blocks), few):
+        some = blocks[i : i + few]
+        yield slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:

@@ -335,10 +335,11 @@ def failing_on_one_rank(rank, size, closure):
     return None
 
 
-def checkpointed(rank, size, path, first, last, dtype=torch.float32):
+def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
     """Train from a checkpoint at step `first`, if not 0, to step `last`, and write one there; the weights and the rate."""
     model = build(dtype=dtype)
-    optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5})
+    options = {**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5, **options}
+    optimizer = AdamWShampoo(groups_of(model), **options)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
     if first:
         saved = torch.load(f"{path}/{first}", weights_only=True)

@@ -54,19 +54,21 @@ class Block:
     def step(self, G, W, t, lr, o):
         """The new weights; G is None where the gradient is missing: then only the roots move."""
         (b1, b2), wd, k = o["betas"], o["weight_decay"], o["precondition_frequency"]
+        every = o["factor_frequency"]
         start = o["start_preconditioning_step"] or k
         gb2 = b2 if o["grafting_beta2"] is None else o["grafting_beta2"]
         gb2 = 1.0 if self.graft == "adagrad" else gb2
-        bc1, bc2 = (correction(b1, t), correction(b2, t)) if o["bias_correction"] else (1.0, 1.0)
+        bc1 = correction(b1, t) if o["bias_correction"] else 1.0
         present = G is not None
         if present:
             G = G + wd * W if not o["decoupled_weight_decay"] else G
-            for d, A in enumerate(self.A):
+            for d, A in enumerate(self.A if t % every == 1 % every else []):
                 U = np.moveaxis(G, d, 0).reshape(G.shape[d], -1)
-                self.A[d] = A + U @ U.T if b2 == 1 else b2 * A + (1 - b2) * U @ U.T
+                self.A[d] = A + U @ U.T if b2 == 1 else b2**every * A + (1 - b2**every) * U @ U.T
             g = G / (np.linalg.norm(G) + 1e-16) if o["normalized_grafting"] else G
             self.V = self.V + g * g if gb2 == 1 else gb2 * self.V + (1 - gb2) * g * g
         if t == start or (t > start and t % k == 0):
+            bc2 = correction(b2, every * -(-t // every)) if o["bias_correction"] else 1.0
             self.X = [root(A / bc2, p, o["eps"]) for A, p in zip(self.A, self.powers)]
         if not present:
             return W

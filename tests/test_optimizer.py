@@ -351,6 +351,26 @@ def test_changing_the_frequency_never_stops_the_weights(before, after):
     assert optimizer.param_groups[0]["start_preconditioning_step"] == before
 
 
+def test_a_compiled_model_is_compiled_once():
+    """Neither steps, refreshes nor a schedule change what the compiler has seen."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, model = CompileCounter(), torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    compiled = torch.compile(model, backend=counter)
+    optimizer = AdamWShampoo(model.parameters(), precondition_frequency=3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    counts = []
+    for t in range(12):
+        optimizer.zero_grad()
+        compiled(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        counts.append(counter.frame_count)
+        if t == 6:
+            optimizer.load_state_dict(optimizer.state_dict())
+    assert counts == [1] * 12
+
+
 def test_state_dict_takes_time_in_proportion_to_the_parameters():
     """Counted in operations: twice the parameters, about twice the work."""
 

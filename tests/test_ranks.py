@@ -28,8 +28,13 @@ def largest_difference(weights, others):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": 0.9, "nesterov": True, "nadam": True}, {"grafting": "sgd", "normalized_grafting": True, "lr": 1e-4}],
-    ids=["adam", "momentum", "sgd"],
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True, "nadam": True},
+        {"grafting": "sgd", "normalized_grafting": True, "lr": 1e-4},
+        {"solver": "qr", "factor_frequency": 3},
+    ],
+    ids=["adam", "momentum", "sgd", "qr"],
 )
 def test_all_ranks_have_the_weights_of_one(pools, size, options):
     weights = pools(size).run(rank_checks.weights_after, **options)
@@ -135,6 +140,16 @@ def test_a_bfloat16_exchange_keeps_ranks_equal(pools, size):
     assert 0 < largest_difference(weights[0], exact) < 0.02 * moved
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
+    """Each rank spreads its own blocks over the steps: not as one process would, but near it."""
+    options = {"stagger": True, "bf16_roots": True, "precondition_frequency": 5, "start_preconditioning_step": 10}
+    weights = pools(size).run(rank_checks.weights_after, **options)
+    assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
+    alone = single_process(**options)
+    assert largest_difference(weights[0], alone) < 0.1 * largest_difference(alone, single_process(steps=0))
+
+
 def test_groups_of_ranks_share_out_and_replicate(pools):
     results = pools(4).run(rank_checks.replicated)
     assert all(all(map(torch.equal, results[0][0], weights)) for weights, _ in results[1:])
@@ -143,12 +158,13 @@ def test_groups_of_ranks_share_out_and_replicate(pools):
     assert results[1][1] == results[3][1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(pools, tmp_path, dtype):
-    whole, rates = rank_checks.checkpointed(0, 1, tmp_path, 0, 45, dtype=dtype)
-    pools(2).run(rank_checks.checkpointed, path=str(tmp_path), first=0, last=15, dtype=dtype)
-    pools(4).run(rank_checks.checkpointed, path=str(tmp_path), first=15, last=30, dtype=dtype)
-    resumed, resumed_rates = rank_checks.checkpointed(0, 1, tmp_path, 30, 45, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "solver"), [(torch.float32, "eigh"), (torch.bfloat16, "eigh"), (torch.float32, "qr")])
+def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(pools, tmp_path, dtype, solver):
+    options = {"dtype": dtype, "solver": solver}
+    whole, rates = rank_checks.checkpointed(0, 1, tmp_path, 0, 45, **options)
+    pools(2).run(rank_checks.checkpointed, path=str(tmp_path), first=0, last=15, **options)
+    pools(4).run(rank_checks.checkpointed, path=str(tmp_path), first=15, last=30, **options)
+    resumed, resumed_rates = rank_checks.checkpointed(0, 1, tmp_path, 30, 45, **options)
     assert resumed_rates == rates
     if dtype == torch.float32:
         assert largest_difference(resumed, whole) <= 1e-6

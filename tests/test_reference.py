@@ -51,6 +51,8 @@ CASES = {
     "max_dim, none": {"max_dim": 6, "grafting": "none"},
     "max_dim, adagrad": {"max_dim": 6, "grafting": "adagrad"},
     "nesterov without momentum": {"nesterov": True},
+    "factors of every third step": {"factor_frequency": 3, "block_size": 4},
+    "sums of every second step": {"factor_frequency": 2, "betas": (0.9, 1.0)},
     "newton": {"solver": "newton", "block_size": 4},
     "staggered at every step": {"stagger": True, "precondition_frequency": 1},
     "vectors without factors": {"precondition_vectors": False},

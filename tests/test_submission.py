@@ -249,7 +249,7 @@ def test_the_five_points_are_the_competitions():
 
 
 def test_a_point_may_choose_what_makes_steps_cheaper():
-    workload, chosen = FakeWorkload(), {"solver": "qr", "stagger": True, "precondition_vectors": False}
+    workload, chosen = FakeWorkload(), {"solver": "qr", "stagger": True, "precondition_vectors": False, "factor_frequency": 2}
     group = start(workload, as_point(**chosen))["optimizer"].param_groups[0]
     assert {key: group[key] for key in chosen} == chosen
 
