@@ -1,7 +1,7 @@
 """How step time and memory grow: `python -m experiments.growth --output_dir=DIR`; twenty minutes.
 
-Eight square layers and their biases, of 1e5 to 1e8 parameters together, and blocks of 128 to 2048. A table, a picture, and for each
-case how many ordinary steps a refresh of all roots costs: the frequency from which on it costs no more than they do.
+Eight square layers and their biases, of 1e5 to 1e8 parameters together, and blocks of 128 to 2048. A table, a picture, and for
+each case how many ordinary steps a refresh of all roots costs: at that frequency refreshes cost as much as all else.
 """
 
 from pathlib import Path

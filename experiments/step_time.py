@@ -115,7 +115,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 def live_bytes() -> int:
     """Bytes of all tensors that exist."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 

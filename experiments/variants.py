@@ -1,9 +1,9 @@
 """Whether an option costs steps: `python -m experiments.variants --experiment_dir=DIR`.
 
-Each variant of the first point of `runner/tuning_search_space.json`, at a learning rate that suits the workload, trains with the
-same seeds, as trials of `runner.suite`, and its steps to the target are divided by those of the exact solver with the same seed. Printed are the
-geometric mean of these ratios, its 95 % interval (percentiles of means over seeds drawn again, workload by workload), and the
-misses; a miss counts as one step beyond the trial's last. The same command goes on where it stopped.
+Each variant of the first point of `runner/tuning_search_space.json`, at a learning rate that suits the workload, trains with
+the same seeds, as trials of `runner.suite`, and its steps to the target are divided by those of the exact solver with the same
+seed. Printed are the geometric mean of these ratios, its 95 % interval (percentiles of means over seeds drawn again, workload
+by workload), and the misses; a miss counts as one step beyond the trial's last. The same command goes on where it stopped.
 """
 
 import json

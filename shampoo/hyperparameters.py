@@ -33,6 +33,8 @@ POINT: dict[str, Rule] = {
 OPTIONAL: dict[str, Rule] = {
     "grad_clip": real(0, above=True),  # largest norm of the whole gradient
     "solver": OPTIONS["solver"],
+    "qr_tolerance": OPTIONS["qr_tolerance"],
+    "relative_eps": OPTIONS["relative_eps"],
     "stagger": OPTIONS["stagger"],
     "factor_frequency": OPTIONS["factor_frequency"],
     "precondition_vectors": OPTIONS["precondition_vectors"],

@@ -114,6 +114,11 @@ def deal(items: Sequence[Load], loads: Sequence[Load], most: float) -> tuple[lis
     return owners, loads
 
 
+def owner(layout: Layout, stack: int, block: int) -> int:
+    """The parameter that a block of a stack belongs to."""
+    return next(piece.param for piece in reversed(layout.pieces[stack]) if piece.first <= block)
+
+
 def single_blocks(tile: Tile) -> list[Tile]:
     """Each block of a tile as a tile of its own, in row-major order."""
     starts = product(*(range(x, x + n * b, b) for x, n, b in zip(tile.start, tile.grid, tile.block, strict=True)))

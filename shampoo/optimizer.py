@@ -9,16 +9,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .health import Health, waits
 from .layout import Load
 from .options import (
     OPTIONS,
     check_exchange,
     check_gradients,
+    check_limit,
     check_options,
     check_parameters,
     check_rank,
     describe,
     parameter_name,
+    plain,
 )
 from .ranks import Exchange, agree, attempt, find_ranks, make_exchanges
 from .state import Bucket, make_buckets
@@ -26,9 +29,8 @@ from .step import Gathered, gather, move, step_bucket
 
 # Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
-
-
-KEPT = ("_made", "_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated")  # in pickles and copies
+# What pickles and copies keep.
+KEPT = ("events", "_made", "_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated", "_health")
 
 
 def moves(group: dict[str, Any]) -> bool:
@@ -44,8 +46,8 @@ class AdamWShampoo(Optimizer):
     the length that the grafting method's step would have.
 
     Args:
-        params: tensors, named tensors (torch >= 2.6) or group dicts; options but the last two may differ per group. Weights of
-            any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
+        params: tensors, named tensors (torch >= 2.6) or group dicts; options but the last three may differ per group. Weights
+            of any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
         lr: learning rate; torch schedulers may change it.
         betas: decay of the gradient's average (theta in the paper) and of the factors' (beta); betas[1] = 1 is a plain sum.
         eps: added to every eigenvalue of a factor before its root.
@@ -73,6 +75,7 @@ class AdamWShampoo(Optimizer):
             move by the grafting method alone (by Adam where that is "none" or "sgd").
         bf16_roots: keep roots, whatever they are computed in, in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions, torch.bfloat16 for half the bytes; None: that of the state.
+        max_skipped_steps: so many steps in a row may be skipped for gradients with NaN or Inf; the last of them is an error.
         process_group: the ranks that share the blocks out, a ProcessGroup or a one-dimensional DeviceMesh; None: the default
             group where torch.distributed is initialised, else this process alone.
 
@@ -84,7 +87,11 @@ class AdamWShampoo(Optimizer):
         ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
         RuntimeError: in `step`, for a sparse or complex gradient, before anything is changed; of several ranks also if at the
             last step a rank failed, or some had a gradient where others had none. In `state_dict`, without `consolidate()`.
-        FloatingPointError: in `step`, when roots are due and a factor holds NaN or Inf.
+        FloatingPointError: in `step`, when as many steps in a row were skipped as may be.
+
+    A step with a gradient that holds NaN or Inf, or whose squares overflow, is skipped: weights and state stay. (On an
+    accelerator, which the host does not wait for, gradients count as zero in such a step, weights stay, and the next step
+    counts it.) `events` counts them, and roots that could not be computed as usual; the logger "shampoo" names the parameters.
 
     Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
     block_size at least the largest dimension, and merge_dims=False, lest a small matrix be merged into a vector.
@@ -115,27 +122,37 @@ class AdamWShampoo(Optimizer):
         grafting_beta2: float | None = None,
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
+        relative_eps: bool = False,
         solver: str = "eigh",
+        qr_tolerance: float = 0.3,
         stagger: bool = False,
         precondition_vectors: bool = True,
         bf16_roots: bool = False,
         exchange_dtype: torch.dtype | None = None,
+        max_skipped_steps: int = 100,
         process_group: Any = None,
     ):
-        options = {name: value for name, value in locals().items() if name in OPTIONS}
+        options = {name: plain(value) for name, value in locals().items() if name in OPTIONS}
         self._buckets: list[list[Bucket]] = []  # of each group
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._loads = [Load(0.0, 0)] * self._ranks.size  # the blocks that each rank owns
         self._exchanges: list[Exchange] | None = None  # of several ranks; made at the first step
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
+        self._health = Health(max_skipped_steps)
+        self.events = self._health.events
         self._made = False
         _, error = attempt(self._make, params, options)
-        agree(self._ranks, [f"exchange_dtype {exchange_dtype}", *describe(vars(self).get("param_groups", []))], error)
+        agree(
+            self._ranks,
+            [f"exchange_dtype {exchange_dtype}", f"limit {max_skipped_steps}", *describe(vars(self).get("param_groups", []))],
+            error,
+        )
         self._mark()
         self._made = True
 
     def _make(self, params: Any, options: dict[str, Any]) -> None:
         check_exchange(self._exchange_dtype)
+        check_limit(self._health.limit)
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,6 +177,7 @@ class AdamWShampoo(Optimizer):
         unknown = set(param_group) - set(OPTIONS) - FOREIGN_KEYS
         if unknown:
             raise ValueError(f"a parameter group has the unknown options {sorted(unknown)}; allowed are {sorted(OPTIONS)}")
+        param_group = {name: plain(value) for name, value in param_group.items()}
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -178,49 +196,66 @@ class AdamWShampoo(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
-        self._check_last_exchange()
+        self._check_last_step()
         self._consolidated = None
 
         loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
         gathered = [gather(bucket, group["weight_decay"]) for group, bucket in self._grouped()]
         directions, error = attempt(self._directions, gathered) if error is None else (None, error)
+        skipped = directions is None
         if directions is None:
             directions = [bucket.zeros() for bucket in chain(*self._buckets)]
-        everyones = self._exchange(directions, failed=error is not None)
+        everyones = self._exchange(directions, [skipped, error is not None])
         if error is not None:
             raise error  # the other ranks raise at their next step
+        if skipped:
+            self._health.count(self._names)
+            return loss
         for (group, bucket), of_ranks in zip(self._grouped(), everyones, strict=True):
+            self._health.report(bucket, self._names)
             move(bucket, of_ranks, scale=-group["lr"])
         return loss
 
-    def _directions(self, gathered: list[Gathered]) -> list[Tensor]:
-        """The directions of this rank's blocks for each bucket, given its gradients and weights."""
+    def _directions(self, gathered: list[Gathered]) -> list[Tensor] | None:
+        """The directions of this rank's blocks for each bucket, given its gradients and weights; None to skip the step."""
         for group in self.param_groups:
             check_gradients(group)
-        for group in filter(moves, self.param_groups):
-            group["step"] += 1
-        return [
-            step_bucket(bucket, group, group["step"], found) if moves(group) else bucket.zeros()
+        healthy = self._health.look(chain(*self._buckets), [grads for grads, _ in gathered])
+        if healthy is not None and not waits(healthy):
+            if not healthy.tolist():
+                return None
+            self._health.count(self._names)
+            healthy = None
+        directions = [
+            step_bucket(bucket, group, group["step"] + 1, found, healthy) if moves(group) else bucket.zeros()
             for (group, bucket), found in zip(self._grouped(), gathered, strict=True)
         ]
+        for group in filter(moves, self.param_groups):
+            group["step"] += 1
+        return directions
 
     def _grouped(self) -> Iterator[tuple[dict[str, Any], Bucket]]:
         """Each bucket after its group."""
         return ((group, bucket) for group, buckets in zip(self.param_groups, self._buckets, strict=True) for bucket in buckets)
 
-    def _exchange(self, directions: list[Tensor], failed: bool) -> list[list[Tensor]]:
-        """For each bucket the directions of all ranks, given this rank's."""
+    def _exchange(self, directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
+        """For each bucket the directions of all ranks, given this rank's, and whether its step was skipped, or failed."""
         if self._ranks.size == 1:
             return [[P] for P in directions]
         if self._exchanges is None:
-            names = {p: parameter_name(group, i) for group in self.param_groups for i, p in enumerate(group["params"])}
-            self._exchanges = make_exchanges(list(chain(*self._buckets)), names, self._ranks, self._exchange_dtype)
-        found = {place: of_ranks for exchange in self._exchanges for place, of_ranks in exchange.gather(directions, failed)}
+            self._exchanges = make_exchanges(list(chain(*self._buckets)), self._names(), self._ranks, self._exchange_dtype)
+        found = {place: of_ranks for exchange in self._exchanges for place, of_ranks in exchange.gather(directions, flags)}
         return [found[place] for place in range(len(directions))]
 
-    def _check_last_exchange(self) -> None:
+    def _check_last_step(self) -> None:
+        """Raise what the last step brought to light after its end."""
         for exchange in self._exchanges or ():
             exchange.check()
+        self._health.count(self._names)
+
+    def _names(self) -> dict[Tensor, str]:
+        """What errors call the parameters."""
+        return {p: parameter_name(group, i) for group in self.param_groups for i, p in enumerate(group["params"])}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizers': options, and state per parameter; deepcopy it to keep it. `checkpoint` lists its keys.
@@ -238,7 +273,8 @@ class AdamWShampoo(Optimizer):
             )
         else:
             state = dict(self._consolidated)  # torch's checkpoints rename the keys of what they get
-        return {**super().state_dict(), "state": state}
+        groups = [{name: plain(value) for name, value in group.items()} for group in super().state_dict()["param_groups"]]
+        return {**super().state_dict(), "state": state, "param_groups": groups}
 
     @torch.no_grad()
     def consolidate(self, to: int | None = 0) -> None:
@@ -247,7 +283,7 @@ class AdamWShampoo(Optimizer):
         A collective: all ranks must call it. It holds until the next step. On one rank it does nothing. Raises ValueError for
         another `to`, and if ranks differ in it, in options or in steps, RuntimeError as `step` does.
         """
-        self._check_last_exchange()
+        self._check_last_step()
         _, error = attempt(check_rank, to, self._ranks.size)
         agree(self._ranks, [f"to {to}", *describe(self.param_groups)], error)
         if self._ranks.size > 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import inf, isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
     def allowed(x: Any) -> bool:
         """Whether x is such a number."""
-        number = isinstance(x, (int, float)) and not isinstance(x, bool) and isfinite(x)
+        number = isinstance(x, Real) and not isinstance(x, bool) and isfinite(x)
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 
     bounds = [f"{'>' if above else '>='} {low}"] + ([f"{'<' if below else '<='} {high}"] if high < inf else [])
@@ -26,7 +27,7 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
 def integer(low: int) -> Rule:
     """An int >= low."""
-    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low, f"an integer >= {low}"
+    return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= low, f"an integer >= {low}"
 
 
 def one_of(*values: Any) -> Rule:
@@ -45,6 +46,15 @@ def pair(first: Rule, second: Rule) -> Rule:
 def either(*rules: Rule) -> Rule:
     """What any of the rules allows."""
     return lambda x: any(allowed(x) for allowed, _ in rules), ", or ".join(words for _, words in rules)
+
+
+def plain(x: Any) -> Any:
+    """NumPy's numbers as Python's, which `weights_only` checkpoints can hold; everything else as it is."""
+    if isinstance(x, tuple):
+        return tuple(map(plain, x))
+    if type(x).__module__ != "numpy" or not isinstance(x, Real):
+        return x
+    return int(x) if isinstance(x, Integral) else float(x)
 
 
 NONE: Rule = (lambda x: x is None, "None")
@@ -66,6 +76,8 @@ OPTIONS: dict[str, Rule] = {
     "max_dim": integer(1),
     "precondition_frequency": integer(1),
     "factor_frequency": integer(1),
+    "relative_eps": BOOL,
+    "qr_tolerance": real(0, 1),
     "start_preconditioning_step": either(integer(1), NONE),
     "exponents": either(EXPONENT, pair(EXPONENT, EXPONENT), NONE),
     "exponent_multiplier": real(0),
@@ -98,6 +110,11 @@ def check_options(options: dict[str, Any]) -> None:
 def check_exchange(dtype: Any) -> None:
     """Raise ValueError unless ranks can exchange directions in this dtype; None is that of the state."""
     check_value("exchange_dtype", dtype, one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+def check_limit(steps: Any) -> None:
+    """Raise ValueError unless this is a number of steps that may be skipped."""
+    check_value("max_skipped_steps", steps, integer(1))
 
 
 def check_rank(to: Any, size: int) -> None:

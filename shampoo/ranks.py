@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .health import Later
 from .state import Bucket
 
 if dist.is_available():
@@ -114,8 +115,8 @@ def add_part(x: Tensor, update: Tensor) -> None:
 class Exchange:
     """The buffers of one all-gather a step, for the buckets of one device and dtype.
 
-    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and a last flag, 1
-    if its step failed. All ranks send as much as the one with the most, at every step.
+    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and two more, 1
+    if its step was skipped, and if it failed. All ranks send as much as the one with the most, at every step.
 
     Args:
         buckets: with their places among the optimizer's.
@@ -127,46 +128,43 @@ class Exchange:
         self._ranks, self._buckets = ranks, buckets
         self._names = [names[p] for bucket in buckets.values() for p in bucket.params]
         self._lengths = [[bucket.layouts[r].numel for bucket in buckets.values()] for r in range(ranks.size)]
-        width = max(map(sum, self._lengths)) + len(self._names) + 1
+        width = max(map(sum, self._lengths)) + len(self._names) + 2
         device = next(iter(buckets.values())).device
         self._sent = torch.zeros(width, dtype=dtype, device=device)
         self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
         self._flags: list[bool] = []  # as in _sent
-        self._differing: Tensor | None = None  # whether ranks had other flags at the newest exchange, on the CPU
-        self._copied: Any = None  # the event after which it may be read
+        self._differing: Later | None = None  # whether ranks had other flags at the newest exchange
 
-    def gather(self, directions: list[Tensor], failed: bool) -> Iterator[tuple[int, list[Tensor]]]:
-        """For each bucket its place and the directions of all ranks, given this one's for each place."""
+    def gather(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
+        """For each bucket its place and the directions of all ranks, given this one's for each place and its two flags."""
         own = [directions[place] for place in self._buckets]
-        flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + [failed]
+        flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
             self._flags = flags
         torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
-        differing = (rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0)
-        self._differing = differing.to("cpu", non_blocking=True)
-        if differing.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._differing = Later((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
         rows = rows.to(own[0].dtype)
         of_ranks = (row[: sum(n)].split(n) for row, n in zip(rows, self._lengths, strict=True))
         return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
 
     def check(self) -> None:
         """Raise RuntimeError, on all ranks alike, if at the newest exchange a rank had failed, or some ranks had a gradient
-        where others had none.
+        where others had none, or one that is not finite where others' were.
 
         To be called at the next step: by then that exchange is over on the device, too, and nothing waits.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._differing is None or not self._differing.any():
-            return
-        *present, failed = self._differing.tolist()
+        *present, skipped, failed = self._differing.read() if self._differing is not None else [False] * 2
         if failed:
             raise RuntimeError("a rank failed in the last step; its own error says why")
+        if skipped:
+            raise RuntimeError(
+                "at the last step some ranks had gradients with NaN or Inf and others had none: average them first"
+            )
+        if not any(present):
+            return
         names = [name for name, differs in zip(self._names, present, strict=True) if differs]
         raise RuntimeError(
             f"at the last step some ranks had a gradient where others had none: {', '.join(names[:5])}"

@@ -1,7 +1,8 @@
 """What the optimizer keeps: buckets of parameters, each with one flat vector per moment and one stack per factor and root."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -39,6 +40,7 @@ class Bucket:
     factors: list[list[Tensor | None]]
     inv_roots: list[list[Tensor | None]]
     eigvecs: list[list[Tensor | None]]
+    rescued: Counter[tuple[int, str]] = field(default_factory=Counter)  # roots not computed as usual: parameter, and why
 
     def presence(self) -> Tensor | None:
         """A flat vector, 1 where a block has a gradient and 0 where it has none; None where all have."""

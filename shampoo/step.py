@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import update
 from .grafting import GRAFTING, second_moment_decay
-from .layout import Load, add, apply, deal, few_stacks, flatten, load, stack_views
+from .layout import Load, add, apply, deal, few_stacks, flatten, load, owner, stack_views
 from .ranks import add_part, is_sharded, whole
 from .state import Bucket
 
@@ -30,8 +30,11 @@ def gather(bucket: Bucket, decay: float) -> Gathered:
     return grads, [W if p.grad is not None else None for p, W in zip(bucket.params, weights, strict=True)]
 
 
-def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathered) -> Tensor:
-    """Step t = 1, 2, ... of the algorithm for a bucket: the directions of the blocks that this rank owns, a flat vector."""
+def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathered, healthy: Tensor | None = None) -> Tensor:
+    """Step t = 1, 2, ... of the algorithm for a bucket: the directions of the blocks that this rank owns, a flat vector.
+
+    Where `healthy`, a bool on a device that the host does not wait for, is false, gradients and directions are zero.
+    """
     plan, decay, decoupled = bucket.layout, group["weight_decay"], group["decoupled_weight_decay"]
     place = (bucket.dtype, bucket.device)
     grads, weights = gathered
@@ -39,6 +42,8 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathere
     # 1. From parameters to stacks.
     G = load(plan, grads, *place)
     present = bucket.presence()
+    if healthy is not None:
+        G.masked_fill_(~healthy.to(bucket.device), 0)
     if not plan.stacks:  # more ranks than blocks
         return G
     if decay and not decoupled:
@@ -51,7 +56,7 @@ def step_bucket(bucket: Bucket, group: dict[str, Any], t: int, gathered: Gathere
         add(plan, P, weights, decay)
     if bucket.momentum_buffer is not None:
         P = update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
-    return P
+    return P if healthy is None else P.masked_fill(~healthy.to(bucket.device), 0)
 
 
 def move(bucket: Bucket, directions: list[Tensor], scale: float) -> None:
@@ -72,17 +77,18 @@ def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tens
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
     since = (t - 1) % every
     if since == 0:
-        marks = (
-            [None] * len(plan.stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
-        )
-        for factors, stack, here in zip(bucket.factors, stack_views(plan, G), marks, strict=True):
+        stacks = stack_views(plan, G)
+        marks = [None] * len(stacks) if present is None else [S.flatten(1)[:, :1, None] for S in stack_views(plan, present)]
+        for factors, stack, here in zip(bucket.factors, stacks, marks, strict=True):
             update.update_factors(factors, stack, beta2**every, here)
     due = due_blocks(tuple(plan.stacks), t, start, frequency, group["stagger"])
     if any(due):
         bc2 = update.bias_correction(beta2, t - since - 1 + every) if group["bias_correction"] else 1.0
+        options = {name: group[name] for name in ("eps", "relative_eps", "solver", "qr_tolerance")}
         for i, blocks in enumerate(due):
             matrices = bucket.inv_roots[i], bucket.factors[i], bucket.eigvecs[i]
-            update.refresh_roots(*matrices, bucket.exponents[i], bc2, group["eps"], group["solver"], blocks)
+            rescued = update.refresh_roots(*matrices, bucket.exponents[i], bc2, blocks, **options)
+            bucket.rescued.update((owner(plan, i, block), f"roots {cause}") for block, cause in rescued)
 
 
 def due_blocks(

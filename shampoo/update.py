@@ -20,7 +20,8 @@ otherwise it broadcasts against the state, 1 where a block has a gradient and 0 
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,36 +102,28 @@ def refresh_roots(
     eigvecs: Sequence[Tensor | None],
     exponents: Sequence[float],
     bc2: float,
-    eps: float,
-    solver: str,
     blocks: Sequence[int],
-) -> None:
+    **options: Any,
+) -> list[tuple[int, str]]:
     """X_d <- (A_d / bc2 + eps I)^(-exponents[d]) in place, for each dimension with a factor: (B, d_d, d_d), for these blocks.
 
-    A few at a time, lest the solver need several times the memory of all factors. Raises FloatingPointError if a factor holds
-    NaN or Inf.
+    A few at a time, lest the solver need several times the memory of all factors. The options are those of `inverse_root`.
+    Returns the blocks for which float32 was not enough, and what became of their roots.
     """
+    rescued = []
     for X, A, Q, p in zip(inv_roots, factors, eigvecs, exponents, strict=True):
         if A is None or X is None:
             continue
         few = max(1, ROOTS_AT_A_TIME // A[0].numel())
-        for some in parts(blocks, few):
-            matrices = A[some] / bc2
-            if not torch.isfinite(matrices).all():
-                raise FloatingPointError(
-                    f"a factor of shape {tuple(A.shape)} holds NaN or Inf: gradients were not finite, or too large"
-                )
-            basis = Q[some] if Q is not None else None
-            X[some] = inverse_root(matrices, p, eps, solver, previous=X[some], Q=basis).to(X.dtype)
+        for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
+            rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice copies nothing
+            basis = Q[rows] if Q is not None else None
+            roots, causes = inverse_root(A[rows], bc2, p, previous=X[rows], Q=basis, **options)
+            X[rows] = roots.to(X.dtype)
             if Q is not None and basis is not None:
-                Q[some] = basis
-
-
-def parts(blocks: Sequence[int], few: int) -> Iterator[slice | list[int]]:
-    """A few blocks at a time: a slice, which copies nothing, where they follow one another."""
-    for i in range(0, len(blocks), few):
-        some = blocks[i : i + few]
-        yield slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)
+                Q[rows] = basis
+            rescued += [(some[i], cause) for i, cause in causes.items()]
+    return rescued
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:

@@ -315,6 +315,25 @@ def received_bytes(rank, size):
     return found
 
 
+def not_finite(rank, size, alone):
+    """At the third of six steps gradients hold NaN, on rank 1 `alone` or on all: weights before and after it, counts, the error."""
+    model, seen = build(), []
+    optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 2})
+    for t in range(6):
+        images, words, targets = batch(t)
+        optimizer.zero_grad(set_to_none=True)
+        (model(images, words, 1) - targets).square().mean().backward()
+        if t == 2 and (rank == 1 or not alone):
+            model.mix.weight.grad[3, 4] = torch.nan
+        seen.append(whole_weights(model))
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return t, str(error)
+    moved = [any((x != y).any() for x, y in zip(a, b, strict=True)) for a, b in pairwise([*seen, whole_weights(model)])]
+    return moved, dict(optimizer.events), [group["step"] for group in optimizer.param_groups], whole_weights(model)
+
+
 def failing_on_one_rank(rank, size, closure):
     """At the second step rank 1 has a sparse gradient or a failing closure; at which step each rank stops, and the error."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -51,7 +51,7 @@ def test_nuclear_norm_is_bounded_by_the_preconditioned_product(m, n, inverse_p, 
     G, X, Y = (torch.randn(1, a, b, generator=generator, dtype=torch.float64) for a, b in ((m, n), (m, m), (n, n)))
     L, R = X @ X.mT + 1e-3 * torch.eye(m), Y @ Y.mT + 1e-3 * torch.eye(n)
     inverse_q = 0.5 - inverse_p
-    roots = [inverse_root(A, e, 1e-30, "eigh", A) if e else None for A, e in ((L, inverse_p), (R, inverse_q))]
+    roots = [inverse_root(A, 1.0, e, 1e-30, A)[0] if e else None for A, e in ((L, inverse_p), (R, inverse_q))]
     product = (G * precondition(G, roots)).sum()
     trace_L, trace_R = (torch.linalg.eigvalsh(A).sqrt().sum() for A in (L, R))
     assert nuclear_norm(G[0]) ** 2 <= product * trace_L ** (2 * inverse_p) * trace_R ** (2 * inverse_q) * (1 + 1e-9)

@@ -188,6 +188,18 @@ def test_torchs_distributed_checkpoints(pools, tmp_path):
     assert largest_difference(weights[0], whole) <= 1e-6
 
 
+def test_all_ranks_skip_a_step_alike(pools):
+    first, second = pools(2).run(rank_checks.not_finite, alone=False)
+    assert first[:3] == second[:3] == ([True, True, False, True, True, True], {"steps skipped": 1}, [5, 5])
+    assert all(map(torch.equal, first[3], second[3]))
+
+
+def test_a_step_that_one_rank_skips_is_an_error_on_all(pools):
+    for t, error in pools(2).run(rank_checks.not_finite, alone=True):
+        assert t == 3
+        assert "some ranks had gradients with NaN or Inf" in error
+
+
 @pytest.mark.parametrize(("closure", "words"), [(False, "it must be dense"), (True, "index out of range")])
 def test_a_rank_that_fails_stops_all(pools, closure, words):
     (first, text), (second, own) = pools(2).run(rank_checks.failing_on_one_rank, closure=closure)

@@ -7,7 +7,12 @@ import torch
 from shampoo import AdamWShampoo, roots
 from shampoo.roots import SOLVERS, inverse_root
 
-QR_ERROR = 0.1  # of a root by `qr`, relative to its norm, on a factor that moves
+
+def root(A, p, eps, Q=None, **options):
+    """The roots alone, of matrices on which nothing fails."""
+    X, rescued = inverse_root(A, 1.0, p, eps, torch.zeros_like(A), Q, **options)
+    assert not rescued
+    return X
 
 
 def exact(A, p, eps):
@@ -30,7 +35,7 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
     rng, eps = np.random.default_rng(dim), 1e-3
     G = rng.standard_normal((7, dim, rank)).astype(np.float32)
     A = torch.tensor(G @ G.swapaxes(1, 2), device=device)
-    X = SOLVERS[solver](A, p, eps, torch.zeros_like(A))
+    X = root(A, p, eps, torch.zeros_like(A), solver=solver)
     assert X.shape == A.shape
     assert X.dtype == A.dtype
     for ours, matrix in zip(X.cpu().numpy(), A.cpu().double().numpy()):
@@ -44,19 +49,20 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
 def test_a_diagonal_is_taken_elementwise(solver):
     diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])
     A = torch.diag(diagonal)[None]
-    X = SOLVERS[solver](A, 0.25, 1e-8, torch.zeros_like(A))
+    X = root(A, 0.25, 1e-8, torch.zeros_like(A), solver=solver)
     torch.testing.assert_close(X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5, atol=0)
 
 
 def test_a_basis_that_failed_begins_anew():
     A = 2 * torch.eye(3)[None]
     Q = torch.full_like(A, torch.nan)
-    torch.testing.assert_close(inverse_root(A, 0.5, 1e-8, "qr", A, Q), 2**-0.5 * torch.eye(3)[None])
+    torch.testing.assert_close(root(A, 0.5, 1e-8, Q, solver="qr"), 2**-0.5 * torch.eye(3)[None])
     assert not Q.any()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_basis_follows_a_factor_that_moves(seed):
+@pytest.mark.parametrize(("tolerance", "error"), [(0.1, 0.1), (0.3, 0.4)])
+def test_a_basis_follows_a_factor_that_moves(tolerance, error, seed):
     """An average with decay 0.9 of gradients whose covariance turns slowly, its root taken every 10 steps."""
     draw = torch.Generator().manual_seed(seed)
     scales, turn = torch.logspace(0, -2, 24), torch.randn(24, 24, generator=draw)
@@ -65,10 +71,10 @@ def test_a_basis_follows_a_factor_that_moves(seed):
         G = torch.linalg.matrix_exp(0.002 * t * (turn - turn.mT)) @ (scales[:, None] * torch.randn(2, 24, 24, generator=draw))
         A = 0.9 * A + 0.1 * G @ G.mT
         if t % 10 == 0:
-            X = roots.qr(A, 0.25, 1e-8, Q)
+            X = root(A, 0.25, 1e-8, Q, solver="qr", qr_tolerance=tolerance)
             errors += [relative(x, exact(a, 0.25, 1e-8)) for x, a in zip(X.numpy(), A.double().numpy())]
             torch.testing.assert_close(Q.mT @ Q, torch.eye(24).expand(2, 24, 24), rtol=0, atol=1e-5)
-    assert max(errors) < QR_ERROR
+    assert max(errors) < error
 
 
 def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
@@ -79,7 +85,7 @@ def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
     A = (bases * lam) @ bases.mT
     Q = bases.clone()
     Q[1] = torch.eye(16)
-    roots.qr(A, 0.25, 1e-8, Q)
+    root(A, 0.25, 1e-8, Q, solver="qr")
     assert torch.equal(Q[0], bases[0])
     assert not torch.equal(Q[1], torch.eye(16))
 
@@ -88,10 +94,10 @@ def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
 def test_roots_are_of_full_precision_whatever_is_allowed(solver, device):
     G = torch.randn(3, 64, 64, device=device, generator=torch.Generator(device).manual_seed(0))
     A = G @ G.mT / 64
-    full = inverse_root(A, 0.25, 1e-3, solver, A, torch.zeros_like(A))
+    full = root(A, 0.25, 1e-3, torch.zeros_like(A), solver=solver)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(inverse_root(A, 0.25, 1e-3, solver, A, torch.zeros_like(A)), full)
+        assert torch.equal(root(A, 0.25, 1e-3, torch.zeros_like(A), solver=solver), full)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -104,24 +110,26 @@ def test_newton_wants_roots_of_whole_numbers():
 
 def test_negative_eigenvalues_are_shifted_to_zero():
     A = torch.diag(torch.tensor([-0.5, 0.0, 2.0]))[None]
-    torch.testing.assert_close(roots.eigh(A, 0.5, 1e-2)[0].diagonal(), (torch.tensor([0.0, 0.5, 2.5]) + 1e-2) ** -0.5)
+    torch.testing.assert_close(root(A, 0.5, 1e-2)[0].diagonal(), (torch.tensor([0.0, 0.5, 2.5]) + 1e-2) ** -0.5)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["raises", "returns NaN"])
 def test_a_matrix_that_fails_alone_falls_back_alone(monkeypatch, silent):
     """The solver fails on matrix 1 in float32 and on matrix 2 in any precision; matrix 0 and 3 do not notice."""
 
-    def fails(A, p, eps, Q=None):
-        failing = (A[:, 0, 0] == 3) | ((A[:, 0, 0] == 2) & (A.dtype == torch.float32))
+    def fails(A, s, p, eps, Q=None, tolerance=0.0):
+        entry = (s * A[:, 0])[:, 0]
+        failing = (entry == 3) | ((entry == 2) & (A.dtype == torch.float32))
         if failing.any() and not silent:
             raise torch.linalg.LinAlgError("did not converge")
-        return torch.where(failing[:, None, None], torch.nan, eigh(A, p, eps))
+        return torch.where(failing[:, None, None], torch.nan, eigh(A, s, p, eps))
 
     eigh = roots.eigh
     monkeypatch.setattr(roots, "eigh", fails)
     monkeypatch.setitem(SOLVERS, "fails", fails)
     A = torch.stack([d * torch.eye(3) for d in (1.0, 2.0, 3.0, 4.0)])
     previous = torch.full_like(A, 7.0)
-    X = inverse_root(A, 0.5, 1e-8, "fails", previous)
+    X, rescued = inverse_root(A, 1.0, 0.5, 1e-8, previous, solver="fails")
+    assert rescued == {1: "computed in float64", 2: "kept as they were"}
     for i, expected in enumerate([torch.eye(3), 2**-0.5 * torch.eye(3), previous[2], 0.5 * torch.eye(3)]):
         torch.testing.assert_close(X[i], expected)
