@@ -96,7 +96,10 @@ def update_params(
     rng: spec.RandomState,
     train_state: dict[str, Any] | None = None,
 ) -> spec.UpdateReturn:
-    """One step: loss and gradients of the batch, then the optimizer's update."""
+    """One step: loss and gradients of the batch, then the optimizer's update.
+
+    Raises TrainingCompleteError, which ends the trial in order, when too many steps in a row had gradients with NaN or Inf.
+    """
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -129,7 +132,11 @@ def update_params(
     if log:
         metrics = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": scheduler.get_last_lr()[0]}
         workload.metrics_logger.append_scalar_metrics(metrics, global_step)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except FloatingPointError as error:  # the run has diverged: a miss, and no end of the other trials
+        logging.error(f"training ends at step {global_step}: {error}")
+        raise spec.TrainingCompleteError from error
     scheduler.step()
     return optimizer_state, model, model_state
 

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "newton": {"solver": "newton"},
     "staggered": {"stagger": True},
     "factors of every fifth step": {"factor_frequency": 5},
+    "relative eps": {"relative_eps": True, "epsilon": 1e-4},
     "vectors without factors": {"precondition_vectors": False},
     "small": {"precondition_vectors": False, "bf16_roots": True, "block_size": 64},
 }

@@ -316,7 +316,7 @@ def received_bytes(rank, size):
 
 
 def not_finite(rank, size, alone):
-    """At the third of six steps gradients hold NaN, on rank 1 `alone` or on all: weights before and after it, counts, the error."""
+    """At the third of six steps gradients hold NaN, on rank 1 `alone` or on all: which steps move, counts, the error."""
     model, seen = build(), []
     optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 2})
     for t in range(6):

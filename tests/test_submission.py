@@ -126,6 +126,19 @@ def test_padding_does_not_move_the_weights():
     torch.testing.assert_close(weights_after(padded), weights_after(unpadded))
 
 
+def test_a_run_that_diverged_ends_in_order():
+    workload, point = FakeWorkload(), as_point(learning_rate=0.1, warmup_factor=0.0)
+    workload.model = nn.Sequential(nn.Linear(6, 5))
+    state, batch = start(workload, point), workload.batch()
+    batch["inputs"][0, 0] = torch.nan
+    before = workload.model[0].weight.detach().clone()
+    for t in range(99):
+        step(workload, state, point, batch, t)
+    with pytest.raises(spec.TrainingCompleteError):
+        step(workload, state, point, batch, 99)
+    assert torch.equal(workload.model[0].weight, before)
+
+
 def test_gradients_are_clipped_only_where_the_point_says_so():
     norms = {}
     for clip in (..., 1e-3):
