@@ -50,7 +50,7 @@ class AdamWShampoo(Optimizer):
             of any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
         lr: learning rate; torch schedulers may change it.
         betas: decay of the gradient's average (theta in the paper) and of the factors' (beta); betas[1] = 1 is a plain sum.
-        eps: added to every eigenvalue of a factor before its root.
+        eps: added to every eigenvalue of a factor before its root; with relative_eps that part of the factor's trace is.
         weight_decay: W <- W - lr weight_decay W if decoupled_weight_decay (the convention of torch.optim.AdamW), else added
             to the gradient as weight_decay W. Decoupled decay enters before momentum.
         momentum, nesterov: an average of the directions with this decay; 0 is none, and then nesterov does nothing.
@@ -70,6 +70,7 @@ class AdamWShampoo(Optimizer):
         normalized_grafting: feed the grafting method G / ||G||_F, block by block.
         solver: how roots are computed: "eigh", exact; "qr", from the last eigenvectors, which it keeps, another half of the
             matrices' memory; "newton", by products of matrices alone, for accelerators, for powers 1/1, 1/2, 1/3, ...
+        qr_tolerance: of "qr": how much of a factor may lie beside the diagonal in its basis, relative to ||A||_F.
         stagger: refresh a part of the roots at every step, each once in `precondition_frequency` steps, and no step is long.
         precondition_vectors: whether blocks of order 1 (biases, norms, what is merged into a vector) have a factor, d x d, or
             move by the grafting method alone (by Adam where that is "none" or "sgd").

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.inverse_roots import survey
+from experiments.soak import soak
 from shampoo import AdamWShampoo
 from shampoo import optimizer as module
 from shampoo.roots import SOLVERS
@@ -219,3 +220,9 @@ def test_numbers_of_numpy_are_plain_numbers_in_a_checkpoint(number, tmp_path):
     loaded = torch.load(tmp_path / "saved", weights_only=True)
     assert loaded["param_groups"][0]["lr"] == pytest.approx(float(number))
     assert type(loaded["param_groups"][0]["weight_decay"]) in (float, int)
+
+
+def test_a_long_run_with_saving_and_loading_is_the_run_without():
+    """A part of the 20,000 steps of `experiments/soak.py`."""
+    skipped, _ = soak(steps=450, save_every=45)
+    assert skipped > 0
