@@ -6,6 +6,7 @@ finite, and keep as much state as at the start.
 """
 
 import io
+import logging
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def soak(steps: int, save_every: int) -> tuple[int, int]:
 def main(_: Any) -> None:
     """Run, and say what was seen."""
     torch.set_num_threads(1)
+    logging.getLogger("shampoo").setLevel(logging.ERROR)  # every skipped step is a warning
     skipped, size = soak(FLAGS.steps, FLAGS.save_every)
     print(
         f"{FLAGS.steps} steps, {skipped} of them skipped; {size} numbers of state, as at the start; both runs agree bit for bit"

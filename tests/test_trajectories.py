@@ -61,3 +61,26 @@ def test_weights_equal_the_competitions(name, device):
             # A relative 1e-7 in the gradients of ill_conditioned moves its weights by tens of percent: it has to stay finite.
             if name != "ill_conditioned":
                 assert (weights - torch.tensor(expected[t])).abs().max() <= 1e-5
+
+
+def ill_conditioned(off, **changed):
+    """The weights at the end and at the start of that case, each number of its gradients off by one rounding, or as it is."""
+    case, draw = CASES["ill_conditioned"], np.random.default_rng(0)
+    start = split(DATA["ill_conditioned/init"], case["shapes"])
+    params = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = AdamWShampoo(params, **{**options(case), **changed})
+    for lr, grads in zip(case["lrs"], DATA["ill_conditioned/grad"]):
+        grads = np.float32(grads * (1 + off * draw.choice([-1.2e-7, 1.2e-7], grads.shape)))
+        for p, g in zip(params, split(grads, case["shapes"])):
+            p.grad = g
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    return [p.detach() for p in params], start
+
+
+@pytest.mark.parametrize(("changed", "low", "high"), [({}, 1e-2, 1.0), ({"relative_eps": True, "eps": 1e-4}, 0.0, 1e-4)])
+def test_a_relative_eps_makes_rank_deficient_factors_forget_rounding(changed, low, high):
+    """How far weights part, in parts of the way that they went."""
+    (weights, start), (others, _) = ill_conditioned(0, **changed), ill_conditioned(1, **changed)
+    parted = [((W - V).abs().max() / (W - S).abs().max()).item() for W, V, S in zip(weights, others, start)]
+    assert low < max(parted) <= high
