@@ -1,7 +1,7 @@
 """What each option of the optimizer may be, and the checks that say so."""
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,18 +10,20 @@ import torch
 from .grafting import GRAFTING
 from .roots import SOLVERS
 
+LARGEST = 1e38  # what float32 holds, with room to spare
+
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the words for what is
 
 
 def real(low: float, high: float = inf, *, above: bool = False, below: bool = False) -> Rule:
-    """A finite number in [low, high]; with `above` not low itself, with `below` not high itself."""
+    """A number in [low, high] that float32 can hold; with `above` not low itself, with `below` not high itself."""
 
     def allowed(x: Any) -> bool:
         """Whether x is such a number."""
-        number = isinstance(x, Real) and not isinstance(x, bool) and isfinite(x)
+        number = isinstance(x, Real) and not isinstance(x, bool) and abs(float(x)) <= LARGEST
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 
-    bounds = [f"{'>' if above else '>='} {low}"] + ([f"{'<' if below else '<='} {high}"] if high < inf else [])
+    bounds = [f"{'>' if above else '>='} {low}"] + [f"{'<' if below else '<='} {min(high, LARGEST)}"]
     return allowed, f"a number {' and '.join(bounds)}"
 
 
