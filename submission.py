@@ -96,10 +96,7 @@ def update_params(
     rng: spec.RandomState,
     train_state: dict[str, Any] | None = None,
 ) -> spec.UpdateReturn:
-    """One step: loss and gradients of the batch, then the optimizer's update.
-
-    Raises TrainingCompleteError, which ends the trial in order, when too many steps in a row had gradients with NaN or Inf.
-    """
+    """One step: loss and gradients of the batch, then the optimizer's update. Raises TrainingCompleteError as `take_step`."""
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -120,8 +117,7 @@ def update_params(
     )
     local_loss, loss = global_loss(losses["summed"], losses["n_valid_examples"])
     local_loss.backward()
-    if dist.is_initialized() and not any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        average_gradients(model)
+    average_gradients(model)
 
     log = workload.metrics_logger is not None and global_step % LOGGING_PERIOD == 0
     grad_clip = getattr(hyperparameters, "grad_clip", None)
@@ -132,11 +128,7 @@ def update_params(
     if log:
         metrics = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": scheduler.get_last_lr()[0]}
         workload.metrics_logger.append_scalar_metrics(metrics, global_step)
-    try:
-        optimizer.step()
-    except FloatingPointError as error:  # the run has diverged: a miss, and no end of the other trials
-        logging.error(f"training ends at step {global_step}: {error}")
-        raise spec.TrainingCompleteError from error
+    take_step(optimizer, global_step)
     scheduler.step()
     return optimizer_state, model, model_state
 
@@ -187,8 +179,21 @@ def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
     return summed * ranks / totals[1], totals[0] / totals[1]
 
 
+def take_step(optimizer: Shampoo, global_step: int) -> None:
+    """The optimizer's step. Raises TrainingCompleteError, which ends a trial in order and lets others go on, when too many
+    steps in a row had gradients with NaN or Inf.
+    """
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        logging.error(f"training ends at step {global_step}: {error}")
+        raise spec.TrainingCompleteError from error
+
+
 def average_gradients(model: torch.nn.Module) -> None:
-    """Make every gradient the mean over ranks. AlgoPerf resumes with a model that DDP, which did that, no longer wraps."""
+    """Make every gradient the mean over ranks, unless DDP did: AlgoPerf resumes with a model that it no longer wraps."""
+    if not dist.is_initialized() or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
     dist.all_reduce(flat)

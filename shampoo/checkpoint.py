@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import fill, gather
+from .layout import Load, fill, gather
+from .options import check_options
 from .ranks import Ranks
-from .state import MATRICES, Bucket, allocate, moments, tensors
+from .state import MATRICES, Bucket, allocate, make_buckets, moments, tensors
 
 Groups = Sequence[dict[str, Any]]
 
@@ -112,6 +113,19 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
         for i, name, rows, blocks in matrices(bucket):
             n = count[i, int(name.split(".")[1])]
             blocks.copy_(find(bucket.params[i], name, (n, *blocks.shape[1:]))[rows])
+
+
+def read(
+    state_dict: dict[str, Any], groups: Groups, ranks: Ranks
+) -> tuple[list[dict[str, Any]], list[list[Bucket]], list[Load]]:
+    """The groups of a state_dict, a rank's buckets with its state, and what each rank has to bear. Raises ValueError."""
+    found, saved = match_groups(state_dict, groups)
+    for group in found:
+        check_options(group)
+    loads = [Load(0.0, 0)] * ranks.size
+    buckets = [make_buckets(group, ranks.rank, loads) for group in found]
+    unpack(buckets, saved)
+    return found, buckets, loads
 
 
 def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:

@@ -35,13 +35,6 @@ def waits(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def gradient_norms(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The Frobenius norm of each gradient, in this dtype: not finite where a number is not, or where the sum of squares is too
-    large for the dtype, so that a factor could not hold it.
-    """
-    return torch.stack(torch._foreach_norm(grads, 2, dtype)) if grads else torch.zeros(0, dtype=dtype)
-
-
 class Health:
     """Counts steps that were skipped and roots that were rescued, and names the parameters.
 
@@ -55,25 +48,30 @@ class Health:
         self._looked: list[tuple[list[Tensor], Later]] = []  # of the newest step: parameters, and the norms of their gradients
 
     def look(self, buckets: Iterable[Bucket], grads: Iterable[list[Tensor | None]]) -> Tensor | None:
-        """A bool that says whether the gradients of a step are finite, which the host may have to wait for."""
-        norms = []
+        """A bool that says whether a step's gradients are finite; None where the host can `count` without waiting for it."""
+        self._looked, norms = [], []
         for bucket, of_bucket in zip(buckets, grads, strict=True):
             present = [(p, G) for p, G in zip(bucket.params, of_bucket, strict=True) if G is not None and p.grad is not None]
-            norms.append(gradient_norms([G for _, G in present], bucket.dtype))
-            self._looked.append(([p for p, _ in present], Later(norms[-1])))
-        if not norms:
+            if present:
+                norms.append(torch.stack(torch._foreach_norm([G for _, G in present], 2, bucket.dtype)))
+                self._looked.append(([p for p, _ in present], Later(norms[-1])))
+        if not any(map(waits, norms)):
             return None
-        return torch.stack([of_bucket.isfinite().all().to(norms[0].device) for of_bucket in norms]).all()
+        return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
 
-    def count(self, names: Callable[[], dict[Tensor, str]]) -> None:
-        """Count the newest step if it was skipped. Raises FloatingPointError at the limit, saying what was seen."""
+    def count(self, names: Callable[[], dict[Tensor, str]]) -> bool:
+        """Count the newest step, if that was not done, and say whether it was skipped: where the Frobenius norm of a gradient
+        is not finite, because a number is not, or the sum of squares is too large for a factor.
+
+        Raises FloatingPointError at the limit.
+        """
         if not self._looked:
-            return
+            return False
         looked, self._looked = self._looked, []
         bad = [p for params, norms in looked for p, norm in zip(params, norms.read(), strict=True) if not isfinite(norm)]
         if not bad:
             self.in_a_row = 0
-            return
+            return False
         self.in_a_row += 1
         self.events["steps skipped"] += 1
         which = ", ".join(names()[p] for p in bad[:5]) + (f" and {len(bad) - 5} others" if len(bad) > 5 else "")
@@ -83,6 +81,11 @@ class Health:
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row were skipped, and max_skipped_steps is {self.limit}: at the last one {seen}"
             )
+        return True
+
+    def forget(self) -> None:
+        """Begin anew with what was loaded; the counts of events stay."""
+        self._looked, self.in_a_row = [], 0
 
     def report(self, bucket: Bucket, names: Callable[[], dict[Tensor, str]]) -> None:
         """Count a bucket's roots that could not be computed as usual, and name the first parameter of each kind."""

@@ -1,5 +1,6 @@
 """AdamW-style Shampoo as a torch optimizer."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .health import Health, waits
+from .health import Health
 from .layout import Load
 from .options import (
     OPTIONS,
@@ -30,7 +31,7 @@ from .step import Gathered, gather, move, step_bucket
 # Keys of a group that are no options: torch's, our count of steps, and what schedulers and other libraries add first.
 FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
 # What pickles and copies keep.
-KEPT = ("events", "_made", "_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated", "_health")
+KEPT = ("_made", "_buckets", "_ranks", "_exchange_dtype", "_loads", "_exchanges", "_consolidated", "_health")
 
 
 def moves(group: dict[str, Any]) -> bool:
@@ -140,16 +141,17 @@ class AdamWShampoo(Optimizer):
         self._exchanges: list[Exchange] | None = None  # of several ranks; made at the first step
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
         self._health = Health(max_skipped_steps)
-        self.events = self._health.events
         self._made = False
         _, error = attempt(self._make, params, options)
-        agree(
-            self._ranks,
-            [f"exchange_dtype {exchange_dtype}", f"limit {max_skipped_steps}", *describe(vars(self).get("param_groups", []))],
-            error,
-        )
+        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
+        agree(self._ranks, own + describe(vars(self).get("param_groups", [])), error)
         self._mark()
         self._made = True
+
+    @property
+    def events(self) -> Counter[str]:
+        """How many steps were skipped, and how many roots were not computed as usual."""
+        return self._health.events
 
     def _make(self, params: Any, options: dict[str, Any]) -> None:
         check_exchange(self._exchange_dtype)
@@ -197,7 +199,8 @@ class AdamWShampoo(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
-        self._check_last_step()
+        self._check_exchanges()
+        self._health.count(self._names)
         self._consolidated = None
 
         loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
@@ -209,10 +212,7 @@ class AdamWShampoo(Optimizer):
         everyones = self._exchange(directions, [skipped, error is not None])
         if error is not None:
             raise error  # the other ranks raise at their next step
-        if skipped:
-            self._health.count(self._names)
-            return loss
-        for (group, bucket), of_ranks in zip(self._grouped(), everyones, strict=True):
+        for (group, bucket), of_ranks in zip(self._grouped(), everyones, strict=True) if not skipped else ():
             self._health.report(bucket, self._names)
             move(bucket, of_ranks, scale=-group["lr"])
         return loss
@@ -222,11 +222,8 @@ class AdamWShampoo(Optimizer):
         for group in self.param_groups:
             check_gradients(group)
         healthy = self._health.look(chain(*self._buckets), [grads for grads, _ in gathered])
-        if healthy is not None and not waits(healthy):
-            if not healthy.tolist():
-                return None
-            self._health.count(self._names)
-            healthy = None
+        if healthy is None and self._health.count(self._names):
+            return None
         directions = [
             step_bucket(bucket, group, group["step"] + 1, found, healthy) if moves(group) else bucket.zeros()
             for (group, bucket), found in zip(self._grouped(), gathered, strict=True)
@@ -248,11 +245,9 @@ class AdamWShampoo(Optimizer):
         found = {place: of_ranks for exchange in self._exchanges for place, of_ranks in exchange.gather(directions, flags)}
         return [found[place] for place in range(len(directions))]
 
-    def _check_last_step(self) -> None:
-        """Raise what the last step brought to light after its end."""
+    def _check_exchanges(self) -> None:
         for exchange in self._exchanges or ():
             exchange.check()
-        self._health.count(self._names)
 
     def _names(self) -> dict[Tensor, str]:
         """What errors call the parameters."""
@@ -274,8 +269,9 @@ class AdamWShampoo(Optimizer):
             )
         else:
             state = dict(self._consolidated)  # torch's checkpoints rename the keys of what they get
-        groups = [{name: plain(value) for name, value in group.items()} for group in super().state_dict()["param_groups"]]
-        return {**super().state_dict(), "state": state, "param_groups": groups}
+        whole = super().state_dict()
+        groups = [{name: plain(value) for name, value in group.items()} for group in whole["param_groups"]]
+        return {**whole, "state": state, "param_groups": groups}
 
     @torch.no_grad()
     def consolidate(self, to: int | None = 0) -> None:
@@ -284,7 +280,7 @@ class AdamWShampoo(Optimizer):
         A collective: all ranks must call it. It holds until the next step. On one rank it does nothing. Raises ValueError for
         another `to`, and if ranks differ in it, in options or in steps, RuntimeError as `step` does.
         """
-        self._check_last_step()
+        self._check_exchanges()
         _, error = attempt(check_rank, to, self._ranks.size)
         agree(self._ranks, [f"to {to}", *describe(self.param_groups)], error)
         if self._ranks.size > 1:
@@ -297,24 +293,15 @@ class AdamWShampoo(Optimizer):
 
         A collective: all ranks must call it, with the same state_dict.
         """
-        read, error = attempt(self._read, state_dict)
+        read, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
         agree(self._ranks, describe(read[0]) if read else [], error)
         groups, buckets, loads = read
         places = iter(range(len(self._params())))
         numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": {}, "param_groups": numbered})
         self._buckets, self._loads, self._consolidated, self._exchanges = buckets, loads, None, None
+        self._health.forget()
         self._mark()
-
-    def _read(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[Bucket]], list[Load]]:
-        """Groups, buckets and loads of a state_dict."""
-        groups, saved = checkpoint.match_groups(state_dict, self.param_groups)
-        for group in groups:
-            check_options(group)
-        loads = [Load(0.0, 0)] * self._ranks.size
-        buckets = [make_buckets(group, self._ranks.rank, loads) for group in groups]
-        checkpoint.unpack(buckets, saved)
-        return groups, buckets, loads
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

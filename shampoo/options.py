@@ -52,8 +52,8 @@ def either(*rules: Rule) -> Rule:
 
 def plain(x: Any) -> Any:
     """NumPy's numbers as Python's, which `weights_only` checkpoints can hold; everything else as it is."""
-    if isinstance(x, tuple):
-        return tuple(map(plain, x))
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(plain, x))
     if type(x).__module__ != "numpy" or not isinstance(x, Real):
         return x
     return int(x) if isinstance(x, Integral) else float(x)

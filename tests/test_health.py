@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from experiments.inverse_roots import survey
 from experiments.soak import soak
-from shampoo import AdamWShampoo
-from shampoo import optimizer as module
+from shampoo import AdamWShampoo, health
 from shampoo.roots import SOLVERS
 
 SMALL = {"lr": 0.1, "precondition_frequency": 2, "weight_decay": 0.1, "momentum": 0.5}
@@ -69,11 +68,13 @@ def test_the_last_step_that_may_be_skipped_is_an_error():
     with pytest.raises(FloatingPointError, match=r"3 steps in a row were skipped, and max_skipped_steps is 3: .*\(4, 5\)"):
         step(params, optimizer, 9, torch.nan)
     assert optimizer.events["steps skipped"] == 5
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(params, optimizer, 10, torch.nan)  # counted from one again
 
 
 def test_where_the_host_does_not_wait_the_next_step_counts(monkeypatch, device):
     """As on an accelerator: no weight moves, and what the step saw is read at the next."""
-    monkeypatch.setattr(module, "waits", lambda x: True)
+    monkeypatch.setattr(health, "waits", lambda x: True)
     params, optimizer = make((4, 5), (3,), max_skipped_steps=2)
     for t in range(3):
         step(params, optimizer, t)
