@@ -97,10 +97,10 @@ def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Te
     def find(p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter's saved tensor, checked."""
         x = saved[p].get(name)
-        found = "nothing" if x is None else f"shape {tuple(x.shape)}"
-        if x is None or x.shape != shape:
+        if not isinstance(x, Tensor) or x.shape != shape or not x.is_floating_point():
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else "nothing" if x is None else repr(x)
             owner = f"parameter {place[p]} of shape {tuple(p.shape)}"
-            raise ValueError(f"the state of {owner} holds {found} for {name}; it must have shape {shape}")
+            raise ValueError(f"the state of {owner} holds {found} for {name}; it must be real and have shape {shape}")
         return x
 
     for bucket in chain(*buckets):
@@ -135,15 +135,13 @@ def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[
     """
     try:
         saved, state = state_dict["param_groups"], state_dict["state"]
-        sizes = [len(group["params"]) for group in saved]
-    except (KeyError, TypeError) as error:
+        options = [{name: x for name, x in group.items() if name not in ("params", "param_names")} for group in saved]
+        keys = [list(group["params"]) for group in saved]
+        states = [dict(state.get(key, {})) for key in chain(*keys)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"this is no state_dict of an optimizer: {error!r} when looking for param_groups and state") from error
-    expected = [len(group["params"]) for group in groups]
+    sizes, expected = [len(of_group) for of_group in keys], [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     params = [p for group in groups for p in group["params"]]
-    keys = [key for group in saved for key in group["params"]]
-    return (
-        [{**group, **other, "params": group["params"]} for group, other in zip(groups, saved, strict=True)],
-        {p: state.get(key, {}) for p, key in zip(params, keys, strict=True)},
-    )
+    return [{**group, **other} for group, other in zip(groups, options, strict=True)], dict(zip(params, states, strict=True))

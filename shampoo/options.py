@@ -34,7 +34,7 @@ def integer(low: int) -> Rule:
 
 def one_of(*values: Any) -> Rule:
     """One of the values, of the same type."""
-    return lambda x: any(x == v and type(x) is type(v) for v in values), "one of " + ", ".join(map(repr, values))
+    return lambda x: any(type(x) is type(v) and x == v for v in values), "one of " + ", ".join(map(repr, values))
 
 
 def pair(first: Rule, second: Rule) -> Rule:
@@ -102,11 +102,13 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError, naming option, value and what is allowed, unless every option is there and in range."""
+    """Raise ValueError, naming option, value and what is allowed, unless every option is there and in range, and
+    the count of steps, if it is there."""
     for name, rule in OPTIONS.items():
         if name not in options:
             raise ValueError(f"option {name} is missing; it must be {rule[1]}")
         check_value(name, options[name], rule)
+    check_value("step", options.get("step", 0), integer(0))
 
 
 def check_exchange(dtype: Any) -> None:
@@ -139,13 +141,27 @@ def describe(groups: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def overlaps(p: torch.Tensor) -> bool:
+    """Whether numbers of a tensor share memory, as after `expand`: a stride is no larger than what smaller strides reach."""
+    reach = 0
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def check_parameters(group: dict[str, Any]) -> None:
-    """Raise ValueError if a parameter is not a dense tensor of a real floating dtype, or holds several, as FSDP1 makes them."""
+    """Raise ValueError if a parameter is not a dense tensor of a real floating dtype, shares memory with itself, or holds
+    several, as FSDP1 makes them.
+    """
     for i, p in enumerate(group["params"]):
         if getattr(p, "_is_flat_param", False):
             raise ValueError(f"{parameter_name(group, i)} is a part of several, as FSDP1 makes them; use FSDP2, fully_shard")
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
+        if p.numel() and overlaps(p):
+            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}, so that numbers share memory; clone() it")
 
 
 def check_gradients(group: dict[str, Any]) -> None:
