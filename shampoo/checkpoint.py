@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Load, fill, gather
-from .options import check_options
+from .options import check_options, check_value, integer
 from .ranks import Ranks
 from .state import MATRICES, Bucket, allocate, make_buckets, moments, tensors
 
@@ -122,6 +122,7 @@ def read(
     found, saved = match_groups(state_dict, groups)
     for group in found:
         check_options(group)
+        check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))  # None is for the constructor
     loads = [Load(0.0, 0)] * ranks.size
     buckets = [make_buckets(group, ranks.rank, loads) for group in found]
     unpack(buckets, saved)
