@@ -33,6 +33,7 @@ BATCH_SIZES = {  # as published
     "librispeech_deepspeech": 224,
     "ogbg": 512,
     "wmt": 128,
+    "finewebedu_lm": 64,
     "mnist": 16,
 }
 LOGGING_PERIOD = 50  # steps; reading the loss waits for the device

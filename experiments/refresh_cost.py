@@ -16,6 +16,7 @@ from absl import app, flags
 from torch import Tensor, nn
 
 from runner.workloads.mnist import load_mnist
+from shampoo.schedule import warmup_cosine
 
 from .step_time import OPTIMIZERS
 
@@ -31,7 +32,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, 384, 7, stride=7)
         layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, 12, norm=nn.LayerNorm(384), enable_nested_tensor=False)
         self.places, self.output = nn.Parameter(0.02 * torch.randn(16, 384)), nn.Linear(384, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -46,6 +47,7 @@ def train(names: list[str], steps: int, frequency: int) -> pd.DataFrame:
     weights = {name: [nn.Parameter(p.detach().clone()) for p in model.parameters()] for name in names[1:]}
     weights[names[0]] = list(model.parameters())
     optimizers = {name: OPTIMIZERS[name](weights[name], frequency, 1024) for name in names}
+    scheduler = warmup_cosine(optimizers[names[0]], 10 * steps, steps // 2)
     rows = []
     for t in range(1, steps + 1):
         chosen = torch.randint(len(data["targets"]), (32,))
@@ -60,6 +62,7 @@ def train(names: list[str], steps: int, frequency: int) -> pd.DataFrame:
             start = time.perf_counter()
             optimizers[name].step()
             row[name] = time.perf_counter() - start
+        scheduler.step()
         rows.append(row)
         if t % frequency == 0:
             print(f"step {t}: loss {loss.item():.3f}", flush=True)

@@ -140,20 +140,15 @@ def measure(
     """The table: from `rounds` times `frequency` steps, of which the longest of each round is its refresh."""
     draw = torch.Generator(device).manual_seed(0)
     grads = [torch.randn(shape, device=device, generator=draw) for shape in shapes]
-    optimizers, state = {}, {}
-    for name in names:
-        before = live_bytes()
-        params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        optimizers[name] = OPTIMIZERS[name](params, frequency, block_size)
-        optimizers[name].step()
-        state[name] = live_bytes() - before - sum(p.nbytes for p in params)
+    params, optimizers, state = {}, {}, {}
 
     def step_all(act: Callable[[str], Any]) -> dict[str, Any]:
         """What `act` gives for each optimizer, with new gradients, alike for all."""
         for grad in grads:
             grad.normal_(generator=draw)
+        for name in names:
+            for p, grad in zip(params[name], grads, strict=True):
+                p.grad = grad  # some optimizers drop it
         return {name: act(name) for name in names}
 
     def watched(name: str) -> Watch:
@@ -166,9 +161,17 @@ def measure(
         """A step by the clock."""
         return milliseconds(optimizers[name].step, device)
 
+    for name in names:
+        before = live_bytes()
+        params[name] = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+        for p, grad in zip(params[name], grads, strict=True):
+            p.grad = grad
+        optimizers[name] = OPTIMIZERS[name](params[name], frequency, block_size)
+        optimizers[name].step()
+        state[name] = live_bytes() - before - sum(p.nbytes for p in params[name])
     for _ in range(frequency - 2):
         step_all(lambda name: optimizers[name].step())
-    refreshing, ordinary = step_all(watched), step_all(watched)  # steps number `frequency` and one more
+    peaks, ordinary = step_all(lambda name: watched(name).peak), step_all(watched)  # steps number `frequency` and one more
     for _ in range(frequency - 1):
         step_all(timed)
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
@@ -188,7 +191,7 @@ def measure(
     table["operations"] = [ordinary[name].operations for name in names]
     table["syncs"] = [ordinary[name].syncs for name in names]
     table["state"] = [state[name] / numel for name in names]
-    table["peak"] = [refreshing[name].peak / numel for name in names]
+    table["peak"] = [peaks[name] / numel for name in names]
     return table
 
 

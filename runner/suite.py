@@ -60,9 +60,11 @@ class TrialRun(NamedTuple):
 def parse_entry(text: str) -> Entry:
     """[NAME=]PATH[:SEARCH_SPACE]; by default the name of the file's folder, and tuning_search_space.json beside the file.
 
-    Raises ValueError for a file that does not exist.
+    Raises ValueError for a file that does not exist, and for a name that is no name of a folder.
     """
     name, _, paths = text.rpartition("=")
+    if name and (Path(name).name != name or name == ".."):
+        raise ValueError(f"--submissions has the name {name!r}; it must be the name of a folder, without slashes")
     path, _, space = paths.partition(":")
     submission = Path(path).expanduser().resolve()
     search_space = Path(space).expanduser().resolve() if space else submission.with_name("tuning_search_space.json")

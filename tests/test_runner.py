@@ -7,6 +7,7 @@ import runner  # noqa: F401  brings algoperf.spec
 import inspect
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -24,7 +25,7 @@ from algoperf import spec
 
 import submission
 from runner import loop, report
-from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder
+from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder, latest_checkpoint
 from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
 from runner.workloads.base import rows
@@ -395,6 +396,23 @@ def test_metrics_reach_tensorboard(tmp_path):
 def test_an_experiment_stays_inside_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="must name a folder inside"):
         experiment_folder(str(tmp_path / "a"), name, "w", resume=False, overwrite=True)
+
+
+class Payload:
+    """What a checkpoint must not be able to do when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({"global_step": 1, "optimizer_state": Payload(tmp_path / "touched")}, tmp_path / "checkpoint_1")
+    with pytest.raises(pickle.UnpicklingError):
+        latest_checkpoint(tmp_path, torch.device("cpu"))
+    assert not (tmp_path / "touched").exists()
 
 
 def test_two_ranks_train_as_one_and_another_number_goes_on(tmp_path):

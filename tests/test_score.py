@@ -8,34 +8,27 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.competition import published
 from runner.score import (
     Target,
     median_times,
     performance_profile,
     read_studies,
     read_targets,
-    read_times,
     scores,
     speed_ups,
     with_held_out,
     without_stragglers,
 )
 
-HERE = Path(__file__).parent
-HELD_OUT = [
-    "criteo1tb_embed_init",
-    "fastmri_tanh",
-    "imagenet_resnet_large_bn_init",
-    "librispeech_conformer_layernorm",
-    "ogbg_model_size",
-    "wmt_glu_tanh",
-]
+ROOT = Path(__file__).parents[1]
+HELD_OUT = published.HELD_OUT["0.5"]
 TARGETS = {"a": Target("accuracy", 0.9, 100.0), "b": Target("loss", 1.0, None)}
 
 
 def test_the_published_scores_of_version_05():
     """All eleven of the external tuning track, to the four digits that were published."""
-    times = read_times(HERE / "published_times_v05.csv")
+    times = published.times("0.5")
     assert scores(performance_profile(with_held_out(times, HELD_OUT))).round(4).to_dict() == {
         "shampoo_submission": 0.7784,
         "schedule_free_adamw": 0.7077,
@@ -52,13 +45,13 @@ def test_the_published_scores_of_version_05():
 
 
 def test_the_published_scores_of_version_06():
-    times = read_times(HERE / "published_times_v06.csv")
+    times = published.times("0.6")
     assert scores(performance_profile(times)).round(4).to_dict() == {"shampoo": 0.6244, "baseline": 0.4590}
 
 
 def test_the_published_speed_up_of_version_05():
     """27.9 % less time than the baseline by geometric mean over the base workloads."""
-    times = read_times(HERE / "published_times_v05.csv").drop(columns=HELD_OUT)
+    times = published.times("0.5").drop(columns=HELD_OUT)
     limits = pd.Series({name: target.budget for name, target in read_targets(None).items()}).reindex(times.columns)
     assert 1 - 1 / speed_ups(times, limits, "baseline")["shampoo_submission"] == pytest.approx(0.279, abs=5e-4)
 
@@ -135,7 +128,7 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(logs):
 def command(*flags):
     return subprocess.run(
         [sys.executable, "-m", "runner.score", *flags],
-        cwd=HERE.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
@@ -145,7 +138,7 @@ def command(*flags):
 
 def test_the_command_writes_tables_and_pictures(tmp_path):
     result = command(
-        f"--times_csv={HERE / 'published_times_v05.csv'}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}",
+        f"--times_csv={ROOT / 'experiments/competition/published_times_v05.csv'}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}",
         "--reference=baseline",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

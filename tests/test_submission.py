@@ -77,13 +77,13 @@ class FakeWorkload:
 
 
 def start(workload, point, model=None):
-    return submission.init_optimizer_state(workload, model or workload.model, None, point, [0, 0])
+    return submission.init_optimizer_state(workload, workload.model if model is None else model, None, point, [0, 0])
 
 
 def step(workload, state, point, batch, global_step=0, model=None, **extra):
     return submission.update_params(
         workload=workload,
-        current_param_container=model or workload.model,
+        current_param_container=workload.model if model is None else model,
         current_params_types={},
         model_state=None,
         hyperparameters=point,

@@ -158,3 +158,9 @@ def test_bad_input_is_named(tmp_path, entry):
         plan([entry], ["mnist_vit"], 1, 3, 0, tmp_path)
     with pytest.raises(ValueError, match=r"no file /nowhere/submission\.py; it must be \[NAME=\]PATH\[:SEARCH_SPACE\]"):
         parse_entry("x=/nowhere/submission.py")
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/tmp/x", "a/b", "."])
+def test_a_submission_stays_inside_the_experiment(name):
+    with pytest.raises(ValueError, match=f"--submissions has the name {re.escape(repr(name))}"):
+        parse_entry(f"{name}={ROOT / 'submission.py'}:{SPACE}")

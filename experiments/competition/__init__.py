@@ -1,0 +1,1 @@
+"""Reproducing the competition: the same weights, the same score, the runs themselves."""

@@ -1,0 +1,153 @@
+"""The published result of the competition: `python -m experiments.competition.published --output_dir=DIR`.
+
+From the published times to target of all submissions the scores, versions 0.5 and 0.6; from the published trials of Shampoo and
+the baseline the best of each study, which of the five points it was, its steps and seconds per step. A page and two pictures.
+Seconds and steps are those of AlgoPerf's logs (mlcommons/submissions_algorithms).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from absl import app, flags
+
+from runner.score import compare, plot_profile, read_targets, read_times
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+FLAGS = flags.FLAGS
+
+HERE = Path(__file__).parent
+HELD_OUT = {
+    "0.5": [
+        "criteo1tb_embed_init",
+        "fastmri_tanh",
+        "imagenet_resnet_large_bn_init",
+        "librispeech_conformer_layernorm",
+        "ogbg_model_size",
+        "wmt_glu_tanh",
+    ],
+    "0.6": [],
+}
+SHAMPOO = {"0.5": "shampoo_submission", "0.6": "shampoo"}
+
+
+def times(version: str) -> pd.DataFrame:
+    """Published seconds to target: a row for each submission, a column for each workload; inf is a miss."""
+    return read_times(HERE / f"published_times_v{version.replace('.', '')}.csv")
+
+
+def trials(version: str) -> pd.DataFrame:
+    """Every published trial of Shampoo and the baseline on the workloads that count, points numbered from 1."""
+    table = pd.read_csv(HERE / "published_trials.csv", dtype={"version": str})
+    scored = table["workload"].isin(times(version).columns) & (table["version"] == version)
+    return table[scored].assign(submission=lambda t: t["submission"].replace({SHAMPOO[version]: "shampoo"}))
+
+
+def scores(version: str) -> pd.DataFrame:
+    """The scores of the group of all submissions, and speed-ups over the baseline."""
+    limits = pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
+    return compare(times(version), limits, "baseline", HELD_OUT[version]).scores
+
+
+def best_trials(version: str) -> pd.DataFrame:
+    """The trial of each study that reached the target first; the first one where none did."""
+    ordered = trials(version).sort_values(["time_to_target_sec", "trial"], kind="stable")
+    return ordered.groupby(["submission", "workload", "study"], as_index=False).first()
+
+
+def study_table(version: str) -> pd.DataFrame:
+    """For each submission and workload the seconds to target of each study, their median, the points, steps, and a step's time."""
+    rows = []
+    for (submission, workload), studies in best_trials(version).groupby(["submission", "workload"]):
+        hits = np.isfinite(studies["time_to_target_sec"])
+        every = trials(version)
+        steps = every[(every["submission"] == submission) & (every["workload"] == workload)]["median_step_sec"]
+        row: dict[str, Any] = {"submission": submission, "workload": workload}
+        row["seconds of each study"] = listed(studies["time_to_target_sec"])
+        row["median"] = listed([studies["time_to_target_sec"].median()])
+        row["point"] = " ".join(str(trial) if hit else "-" for trial, hit in zip(studies["trial"], hits, strict=True))
+        row["steps"] = listed(studies["steps_to_target"].where(hits, np.inf))
+        row["seconds per step"] = f"{steps.median():.3f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def listed(values: Any) -> str:
+    """Whole numbers, a dash for a miss."""
+    return " ".join(f"{value:.0f}" if np.isfinite(value) else "-" for value in values)
+
+
+def wins(version: str) -> pd.DataFrame:
+    """In how many studies each of Shampoo's points reached the target, and in how many it was the first to."""
+    mine = trials(version).query("submission == 'shampoo'")
+    reached = mine[np.isfinite(mine["time_to_target_sec"])].groupby(["workload", "trial"]).size()
+    best = best_trials(version).query("submission == 'shampoo'")
+    first = best[np.isfinite(best["time_to_target_sec"])].groupby(["workload", "trial"]).size()
+    cells = pd.DataFrame({"first": first, "reached": reached}).fillna(0).astype(int)
+    words = cells["first"].astype(str) + " of " + cells["reached"].astype(str)
+    table = words.unstack("trial").reindex(sorted(mine["workload"].unique()))
+    return table.reindex(columns=range(1, 6)).fillna("-").rename(columns="point {}".format)
+
+
+def draw_trials(version: str, path: Path) -> None:
+    """Every trial of Shampoo: seconds to target over the baseline's published time, a colour for each point."""
+    mine = trials(version).query("submission == 'shampoo'")
+    names = sorted(mine["workload"].unique())
+    published = times(version).loc["baseline", names]
+    budgets = pd.Series({name: target.budget or np.inf for name, target in read_targets(None).items()})
+    reference = published.where(np.isfinite(published), budgets.reindex(names)).fillna(np.inf)
+    figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
+    for point, rows in mine.groupby("trial"):
+        places = rows["workload"].map(names.index) + 0.12 * (point - 3)
+        ratio = rows["time_to_target_sec"] / rows["workload"].map(reference)
+        axes.plot(places, ratio.where(np.isfinite(ratio)), "o", alpha=0.7, label=f"point {point}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
+    axes.set(ylabel="seconds to target over the baseline's", ylim=(0, None), title=f"version {version}; misses are left out")
+    axes.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page(output: Path) -> str:
+    """The page; draws its pictures beside it."""
+    parts = [
+        "# The published result",
+        "Made by `python -m experiments.competition.published` from AlgoPerf's published logs: times to target of all submissions "
+        "to the external tuning track, and all trials of Shampoo and of the baseline (NadamW).",
+    ]
+    for version in ("0.5", "0.6"):
+        limits = pd.Series(dtype=float)
+        comparison = compare(times(version), limits, "baseline", HELD_OUT[version])
+        plot_profile(comparison.profile, "time", output / f"profile_{version}.png")
+        draw_trials(version, output / f"trials_{version}.png")
+        parts += [
+            f"## Version {version}",
+            scores(version).round(4).to_markdown(floatfmt=("", ".4f", ".2f")),
+            f"![performance profiles](profile_{version}.png)",
+            "The best trial of each of the studies. A dash is a study, or a median, without the target.",
+            study_table(version).to_markdown(index=False, disable_numparse=True),
+            "Shampoo's five points: in how many studies each was the first to reach the target, of those in which it did.",
+            wins(version).to_markdown(disable_numparse=True),
+            f"![trials of Shampoo](trials_{version}.png)",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(_: Any) -> None:
+    """Write and print the page."""
+    output = Path(FLAGS.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    text = page(output)
+    (output / "README.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output_dir", None, "where page and pictures go", required=True)
+    app.run(main)
