@@ -140,7 +140,9 @@ def measure(
     """The table: from `rounds` times `frequency` steps, of which the longest of each round is its refresh."""
     draw = torch.Generator(device).manual_seed(0)
     grads = [torch.randn(shape, device=device, generator=draw) for shape in shapes]
-    params, optimizers, state = {}, {}, {}
+    params: dict[str, list[torch.nn.Parameter]] = {}
+    optimizers: dict[str, Optimizer] = {}
+    state: dict[str, int] = {}
 
     def step_all(act: Callable[[str], Any]) -> dict[str, Any]:
         """What `act` gives for each optimizer, with new gradients, alike for all."""

@@ -1,6 +1,6 @@
 """Stand-in for `algoperf.spec`: the names and signatures that a submission and a workload meet, without jax.
 
-Left out of it are `Workload.output_activation_fn`, which needs jax, and the empty definitions of what a submission has to define:
+Left out are `Workload.output_activation_fn`, which needs jax, and the empty definitions of what a submission has to define:
 `init_optimizer_state`, `update_params`, `prepare_for_eval`, `data_selection`, `get_batch_size`. What is here has AlgoPerf's
 names, values, parameters and defaults; type annotations are looser.
 """

@@ -122,9 +122,7 @@ def read(
     found, saved = match_groups(state_dict, groups)
     for group in found:
         check_options(group)
-        check_value(
-            "start_preconditioning_step", group["start_preconditioning_step"], integer(1)
-        )  # None is for the constructor
+        check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
     loads = [Load(0.0, 0)] * ranks.size
     buckets = [make_buckets(group, ranks.rank, loads) for group in found]
     unpack(buckets, saved)

@@ -22,6 +22,7 @@ from runner.score import (
 )
 
 ROOT = Path(__file__).parents[1]
+TIMES = ROOT / "experiments" / "competition" / "published_times_v05.csv"
 HELD_OUT = published.HELD_OUT["0.5"]
 TARGETS = {"a": Target("accuracy", 0.9, 100.0), "b": Target("loss", 1.0, None)}
 
@@ -138,7 +139,7 @@ def command(*flags):
 
 def test_the_command_writes_tables_and_pictures(tmp_path):
     result = command(
-        f"--times_csv={ROOT / 'experiments/competition/published_times_v05.csv'}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}",
+        f"--times_csv={TIMES}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}",
         "--reference=baseline",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from absl import app
 
-from .plan import DATA, GPUS, STUDIES, SUBMISSION, plan
+from .plan import DATA, GPUS, SUBMISSION, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = {"torch": "2.5.1", "absl-py": "2.1.0"}
@@ -68,11 +68,8 @@ def check_folders(environment: Callable[[str], str | None]) -> Iterator[Check]:
     if places["DATA"]:
         for workload, (data, _) in DATA.items():
             folder = Path(places["DATA"]) / data
-            yield (
-                f"data of {workload}",
-                folder.is_dir() and any(folder.iterdir()),
-                f"{folder}; datasets/dataset_setup.py makes it",
-            )
+            there = folder.is_dir() and any(folder.iterdir())
+            yield f"data of {workload}", there, f"{folder}; datasets/dataset_setup.py makes it"
         vocabulary = Path(places["DATA"]) / "librispeech" / "spm_model.vocab"
         yield "librispeech's vocabulary", vocabulary.is_file(), str(vocabulary)
     if places["EXPERIMENTS"]:
@@ -88,11 +85,7 @@ def main(_: Any) -> None:
     for what, there, found in checks:
         print(f"{'ok' if there else 'missing':8} {what}: {found}")
     missing = sum(not there for _, there, _ in checks)
-    print(
-        f"\n{missing} of {len(checks)} things are missing"
-        if missing
-        else f"\nready for {len(plan())} trials, {STUDIES} studies"
-    )
+    print(f"\n{missing} of {len(checks)} things are missing" if missing else f"\nready for {len(plan())} trials")
     sys.exit(missing > 0)
 
 

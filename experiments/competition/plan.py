@@ -59,7 +59,8 @@ class Trial(NamedTuple):
         """The trial by AlgoPerf's runner."""
         data, more = DATA[self.workload]
         words = [
-            f"torchrun --standalone --nproc_per_node={GPUS} submission_runner.py --framework=pytorch --workload={self.workload}",
+            f"torchrun --standalone --nproc_per_node={GPUS} submission_runner.py",
+            f"--framework=pytorch --workload={self.workload}",
             f"--submission_path={SUBMISSION}/submission.py --tuning_search_space={SUBMISSION}/tuning_search_space.json",
             f"--num_tuning_trials={POINTS} --hparam_start_index={self.point - 1} --hparam_end_index={self.point}",
             f"--rng_seed={self.seed} --data_dir=$DATA/{data}",

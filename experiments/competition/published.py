@@ -60,7 +60,7 @@ def best_trials(version: str) -> pd.DataFrame:
 
 
 def study_table(version: str) -> pd.DataFrame:
-    """For each submission and workload the seconds to target of each study, their median, the points, steps, and a step's time."""
+    """For each submission and workload: seconds to target of each study, their median, points, steps, and a step's time."""
     rows = []
     for (submission, workload), studies in best_trials(version).groupby(["submission", "workload"]):
         hits = np.isfinite(studies["time_to_target_sec"])
@@ -118,8 +118,8 @@ def page(output: Path) -> str:
     """The page; draws its pictures beside it."""
     parts = [
         "# The published result",
-        "Made by `python -m experiments.competition.published` from AlgoPerf's published logs: times to target of all submissions "
-        "to the external tuning track, and all trials of Shampoo and of the baseline (NadamW).",
+        "Made by `python -m experiments.competition.published` from AlgoPerf's published logs: times to target of all "
+        "submissions to the external tuning track, and all trials of Shampoo and of the baseline (NadamW).",
     ]
     for version in ("0.5", "0.6"):
         limits = pd.Series(dtype=float)
