@@ -34,7 +34,9 @@ DATA = {  # each workload's folder in $DATA, and the flags that its data need
 STUDIES, POINTS, GPUS = 3, 5, 8
 NAME = "adamw_shampoo"
 SUBMISSION = f"submissions/external_tuning/{NAME}"
-VARIABLES = ': "${ALGOPERF:?AlgoPerf\'s checkout}" "${DATA:?the data sets}" "${EXPERIMENTS:?where logs go}"'
+VARIABLES = (
+    ': "${ALGOPERF:?is to be the checkout of AlgoPerf}" "${DATA:?is where the data are}" "${EXPERIMENTS:?is where logs go}"'
+)
 
 
 class Trial(NamedTuple):
