@@ -25,8 +25,8 @@ def test_the_published_times_are_the_medians_of_the_published_trials(version):
 
 
 def test_scores_are_the_published_ones():
-    assert published.scores("0.5")["score"].round(4)["shampoo_submission"] == 0.7784
-    assert published.scores("0.6")["score"].round(4).to_dict() == {"shampoo": 0.6244, "baseline": 0.4590}
+    assert published.scored("0.5").scores["score"].round(4)["shampoo_submission"] == 0.7784
+    assert published.scored("0.6").scores["score"].round(4).to_dict() == {"shampoo": 0.6244, "baseline": 0.4590}
 
 
 def test_points_win_at_most_as_often_as_they_reach():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from absl import app, flags
 
-from runner.score import compare, plot_profile, read_targets, read_times
+from runner.score import Comparison, compare, plot_profile, read_targets, read_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,10 +47,14 @@ def trials(version: str) -> pd.DataFrame:
     return table[scored].assign(submission=lambda t: t["submission"].replace({SHAMPOO[version]: "shampoo"}))
 
 
-def scores(version: str) -> pd.DataFrame:
-    """The scores of the group of all submissions, and speed-ups over the baseline."""
-    limits = pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
-    return compare(times(version), limits, "baseline", HELD_OUT[version]).scores
+def budgets() -> pd.Series:
+    """Seconds that each workload allows, NaN where that is not known."""
+    return pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
+
+
+def scored(version: str) -> Comparison:
+    """All submissions together: profile, scores, and speed-ups over the baseline."""
+    return compare(times(version), budgets(), "baseline", HELD_OUT[version])
 
 
 def best_trials(version: str) -> pd.DataFrame:
@@ -96,8 +100,7 @@ def draw_trials(version: str, path: Path) -> None:
     mine = trials(version).query("submission == 'shampoo'")
     names = sorted(mine["workload"].unique())
     published = times(version).loc["baseline", names]
-    budgets = pd.Series({name: target.budget or np.inf for name, target in read_targets(None).items()})
-    reference = published.where(np.isfinite(published), budgets.reindex(names)).fillna(np.inf)
+    reference = published.where(np.isfinite(published), budgets().reindex(names)).fillna(np.inf)
     figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
     for point, rows in mine.groupby("trial"):
         places = rows["workload"].map(names.index) + 0.12 * (point - 3)
@@ -120,19 +123,18 @@ def page(output: Path) -> str:
         "submissions to the external tuning track, and all trials of Shampoo and of the baseline (NadamW).",
     ]
     for version in ("0.5", "0.6"):
-        limits = pd.Series(dtype=float)
-        comparison = compare(times(version), limits, "baseline", HELD_OUT[version])
+        comparison = scored(version)
         plot_profile(comparison.profile, "time", output / f"profile_{version}.png")
         draw_trials(version, output / f"trials_{version}.png")
         parts += [
             f"## Version {version}",
-            scores(version).round(4).to_markdown(floatfmt=("", ".4f", ".2f")),
+            comparison.scores.round(4).to_markdown(floatfmt=("", ".4f", ".2f")),
             f"![performance profiles](profile_{version}.png)",
             "The best trial of each of the studies. A dash is a study, or a median, without the target.",
             study_table(version).to_markdown(index=False, disable_numparse=True),
             "Shampoo's five points: in how many studies each was the first to reach the target, of those in which it did.",
             wins(version).to_markdown(disable_numparse=True),
-            "Every trial of Shampoo that reached the target, over the baseline's published time (over the budget, where it has none).",
+            "Every trial of Shampoo that reached the target, over the baseline's time (the budget, where it missed).",
             f"![trials of Shampoo](trials_{version}.png)",
         ]
     return "\n\n".join(parts) + "\n"
