@@ -142,7 +142,7 @@ def describe(groups: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def overlaps(p: torch.Tensor) -> bool:
-    """Whether numbers of a tensor share memory, as after `expand`: a stride is no larger than what smaller strides reach."""
+    """Whether numbers of a tensor may share memory, as after `expand`: a stride is no larger than what smaller ones reach."""
     reach = 0
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -161,7 +161,7 @@ def check_parameters(group: dict[str, Any]) -> None:
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
         if p.numel() and overlaps(p):
-            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}, so that numbers share memory; clone() it")
+            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}, so that numbers may share memory; clone() it")
 
 
 def check_gradients(group: dict[str, Any]) -> None:
