@@ -72,12 +72,13 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch
 def test_odd_parameters_move_as_adamw_moves_them(kinds, weight_decay, start):
     """torch's AdamW in float64 on contiguous copies tells where weights go until the first roots; then they stay finite."""
     assume(not weight_decay or "the same memory twice" not in kinds)  # one after the other there, at once here
-    params, oracle = [], []
+    params, oracle, frozen = [], [], []
     for seed, kind in enumerate(kinds):
         leaves = ODD[kind](seed)
         exact = [x.double().clone(memory_format=torch.contiguous_format) for x in leaves]
         oracle += [exact[0]] * len(exact) if kind == "the same memory twice" else exact
         params += [torch.nn.Parameter(x) for x in leaves]
+        frozen += [kind == "requires_grad off"] * len(leaves)
     strides = [p.stride() for p in params]
     options = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": weight_decay}
     optimizer = AdamWShampoo(params, start_preconditioning_step=start, block_size=4, **options)
@@ -89,8 +90,8 @@ def test_odd_parameters_move_as_adamw_moves_them(kinds, weight_decay, start):
             x.grad = p.grad.double()
             if t < start:
                 adamw[i].step()
-        for p, kind in zip(params, kinds):
-            p.requires_grad_(kind != "requires_grad off" or t < 2)  # its gradient still counts, as in torch
+        for p, off in zip(params, frozen):
+            p.requires_grad_(not off or t < 2)  # its gradient still counts, as in torch
         optimizer.step()
         for p, x in zip(params, leaves):
             if t < start:
