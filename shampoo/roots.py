@@ -66,13 +66,14 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None,
     M = A + torch.maximum(eps / s, 2 * rounding * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2) * eye
     z = (1 + r) / (2 * torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True))
     X, M = z ** (1 / r) * eye, z * M
-    error = (M - eye).abs().amax(dim=(1, 2), keepdim=True)
+    error = torch.linalg.vector_norm(M - eye, dim=(1, 2), keepdim=True)
+    enough = 10 * rounding * A.shape[-1] ** 0.5
     going = torch.ones_like(error, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
         T = ((r + 1) * eye - M) / r
         M_next = torch.linalg.matrix_power(T, r) @ M
-        error_next = (M_next - eye).abs().amax(dim=(1, 2), keepdim=True)
-        going &= (error > 10 * rounding) & (error_next < 1.2 * error)  # in the end only rounding errors grow
+        error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
+        going &= (error > enough) & (error_next < 1.2 * error)  # it falls until only rounding errors are left, which grow
         if not going.any():
             break
         X, M, error = X.where(~going, X @ T), M.where(~going, M_next), error.where(~going, error_next)
