@@ -161,7 +161,7 @@ def check_parameters(group: dict[str, Any]) -> None:
         if not p.is_floating_point() or p.layout != torch.strided:
             raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
         if p.numel() and overlaps(p):
-            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}, so that numbers may share memory; clone() it")
+            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}: numbers may share memory; clone() it")
 
 
 def check_gradients(group: dict[str, Any]) -> None:
