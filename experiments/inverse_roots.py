@@ -1,10 +1,10 @@
 """Every solver against float64 on matrices of every kind: `python -m experiments.inverse_roots --count=10000`.
 
-Sizes are log-uniform from 1 to 512, eps from 1e-12 to 1e-2, powers 1/8 to 1. For each solver and kind: how many roots were not
-finite, not symmetric or not positive (to 1e-5 of their norm), and how many needed rescue. Where the bound max(1e-5, 4e-7 p / ratio)
-is below 0.1, with ratio = (eps + smallest) / largest eigenvalue: the largest Frobenius error relative to float64 over that bound,
-and how many are beyond it. Elsewhere, where no float32 root need be near: how many there are, and median and 90th percentile of
-the backward error ||X^(-1/p) - (A + eps I)||_F / ||A + eps I||_F.
+Sizes are log-uniform from 1 to 512, eps from 1e-12 to 1e-2, powers 1/8 to 1. For each solver and kind: how many roots were
+not finite, not symmetric or not positive (to 1e-5 of their norm), and how many needed rescue. Where the bound max(1e-5, 4e-7
+p / ratio) is below 0.1, with ratio = (eps + smallest) / largest eigenvalue: the largest Frobenius error relative to float64
+over that bound, and how many are beyond it. Elsewhere, where no float32 root need be near: how many there are, and median and
+90th percentile of the backward error ||X^(-1/p) - (A + eps I)||_F / ||A + eps I||_F.
 """
 
 from collections.abc import Callable
