@@ -4,7 +4,7 @@ The paper's rate (arXiv 2601.07326) is that of SGD where ||G||_* = Theta(sqrt(mi
 through `submission.py`, and every so manieth step the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix is taken, of the
 batch's gradient, which the optimizer sees, and of the gradient over the split eval_train, which is nearer to the paper's.
 
-DIR gets layers.csv, workloads.csv and a picture; DIR/WORKLOAD all diagnostics, for TensorBoard.
+DIR gets workloads.csv, layers.csv, a picture, and steps.csv with all diagnostics; DIR/WORKLOAD has them for TensorBoard.
 """
 
 import collections
@@ -150,7 +150,8 @@ def draw_range(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> Non
 def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     """A panel for each workload, the ratio over steps, and one with all layers over min(m, n)."""
     names = list(rows["workload"].unique())
-    figure, panels = plt.subplots(-(-(len(names) + 1) // 3), 3, figsize=(13, 10), layout="constrained", squeeze=False)
+    lines = -(-(len(names) + 1) // 3)
+    figure, panels = plt.subplots(lines, 3, figsize=(13, 3.4 * lines), layout="constrained", squeeze=False)
     for axes in panels.flat[len(names) + 1 :]:
         axes.remove()
     for axes, name in zip(panels.flat, names, strict=False):
@@ -168,6 +169,9 @@ def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     axes.plot(ends, [1, 1], color="black", linestyle="--", linewidth=1)
     axes.plot(ends, ends**-0.5, color="black", linestyle=":", label="rank one")
     axes.set(title="all matrices, medians over steps", xlabel="min(m, n)", xscale="log", yscale="log")
+    axes.set_xticks(ticks := [2**k for k in range(1, 9) if ends[0] <= 2**k <= ends[1]], map(str, ticks))
+    axes.set_yticks(ticks := [1, 0.5, 0.2, 0.1], map(str, ticks))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.supylabel("||G||_* / (sqrt(min(m, n)) ||G||_F)")
@@ -184,6 +188,7 @@ def main(_: Any) -> None:
         for name in FLAGS.workload
     ]
     rows = pd.concat(found, ignore_index=True)
+    rows.to_csv(output / "steps.csv", index=False, float_format="%.5g")
     layers = layer_table(rows)
     table = workload_table(layers)
     layers.to_csv(output / "layers.csv", index=False, float_format="%.3f")
