@@ -36,10 +36,10 @@ def draw(runs: dict[str, Path], path: Path) -> None:
             axes.set(ylabel=label)
         column[-1].set(xlabel="step")
         for axes in column:
-            axes.set_yscale("log")
+            axes.set_yscale("linear" if axes is column[0] else "log")
             axes.yaxis.set_tick_params(labelleft=True)
             axes.grid(alpha=0.3)
-    figure.suptitle("median over parameters, and their range")
+    figure.suptitle("lines: medians over parameters; shaded: their range")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
