@@ -89,6 +89,7 @@ def train(name: str, learning_rate: float, steps: int, every: int, folder: Path)
     """
     folder.mkdir(parents=True)
     workload, rows = load_workload(name), list[dict[str, Any]]()
+    workload.max_allowed_runtime_sec = float("inf")  # diagnostics take time too
     point = {**json.loads(SPACE.read_text())[0], "learning_rate": learning_rate}
     settings = Settings(
         batch_size=workload.default_batch_size,

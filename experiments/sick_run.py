@@ -19,13 +19,16 @@ SHOWN = {
     "gradient_norm": "||G||_F",
     "update_ratio": "||step|| / ||W||",
     "condition": "condition of factors",
+    "effective_rank": "effective rank of factors",
     "root_residual": "root residual",
 }
 
 
 def draw(runs: dict[str, Path], path: Path) -> None:
     """A column for each run, given its title and folder: the loss, and each figure's median and range over parameters."""
-    figure, panels = plt.subplots(1 + len(SHOWN), len(runs), figsize=(12, 13), layout="constrained", sharex=True, sharey="row")
+    figure, panels = plt.subplots(
+        1 + len(SHOWN), len(runs), figsize=(12, 14.5), layout="constrained", sharex=True, sharey="row"
+    )
     for column, (title, folder) in zip(panels.T, runs.items(), strict=True):
         losses, rows = (pd.read_csv(folder / name) for name in ("measurements.csv", "steps.csv"))
         losses = losses.dropna(subset="loss")
@@ -40,7 +43,7 @@ def draw(runs: dict[str, Path], path: Path) -> None:
             axes.yaxis.set_tick_params(labelleft=True)
             axes.grid(alpha=0.3)
     figure.suptitle("lines: medians over parameters; shaded: their range")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
