@@ -1,4 +1,4 @@
-"""Whether gradients meet the paper's condition: `python -m experiments.norm_ratio --output_dir=DIR`; ten minutes.
+"""Whether gradients meet the paper's condition: `python -m experiments.norm_ratio --output_dir=DIR`; five minutes.
 
 The paper's rate (arXiv 2601.07326) is that of SGD where ||G||_* = Theta(sqrt(min(m, n))) ||G||_F. Each laptop workload trains
 through `submission.py`, and every so manieth step the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix is taken, of the
@@ -162,7 +162,7 @@ def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
         axes.axhline(1, color="black", linestyle="--", linewidth=1)
         axes.set(title=f"{name}, {of['parameter'].nunique()} matrices", xlabel="step", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
-    panels.flat[0].legend(title="median and range", loc="lower right")
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, title="median and range")
     axes, sizes = panels.flat[len(names)], layers[["m", "n"]].min(axis=1)
     for whose in RATIOS.values():
         axes.plot(sizes, layers[f"{whose} median"], "o", markersize=4, alpha=0.6)
@@ -176,7 +176,7 @@ def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.supylabel("||G||_* / (sqrt(min(m, n)) ||G||_F)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
