@@ -24,7 +24,7 @@ from .optimizer import AdamWShampoo
 from .options import parameter_name
 from .ranks import whole
 from .state import Bucket
-from .step import factor_correction
+from .step import factor_correction, gather
 
 Figures = dict[str, float]
 
@@ -55,10 +55,12 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     for group, bucket in optimizer._grouped():
         of_factors = factor_figures(bucket, group)
         owned = {piece.param for pieces in bucket.layout.pieces for piece in pieces}
-        for i, (p, shape) in enumerate(zip(bucket.params, bucket.layout.shapes, strict=True)):
-            G, W, W_before = whole(p.grad), whole(p), whole(earlier.get(p))
+        grads, _ = gather(bucket, decay=0)
+        for i, (p, G, shape) in enumerate(zip(bucket.params, grads, bucket.layout.shapes, strict=True)):
+            W, W_before = whole(p), whole(earlier.get(p))
             if i in owned:
-                figures[p] = gradient_figures(G, shape) | weight_figures(W, W_before) | of_factors.get(i, {})  # type: ignore[arg-type]
+                of_gradient = gradient_figures(G if p.grad is not None else None, shape)
+                figures[p] = of_gradient | weight_figures(W, W_before) | of_factors.get(i, {})  # type: ignore[arg-type]
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]
     counts = {"steps": steps, "steps_skipped": skipped, "roots_rescued": optimizer.events.total() - skipped}
     return {"optimizer": counts} | {name: figures[p] for name, p in zip(names(optimizer), params, strict=True) if p in figures}
