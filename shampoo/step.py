@@ -83,12 +83,20 @@ def update_preconditioner(bucket: Bucket, group: dict[str, Any], t: int, G: Tens
             update.update_factors(factors, stack, beta2**every, here)
     due = due_blocks(tuple(plan.stacks), t, start, frequency, group["stagger"])
     if any(due):
-        bc2 = update.bias_correction(beta2, t - since - 1 + every) if group["bias_correction"] else 1.0
+        bc2 = factor_correction(group, t)
         options = {name: group[name] for name in ("eps", "relative_eps", "solver", "qr_tolerance")}
         for i, blocks in enumerate(due):
             matrices = bucket.inv_roots[i], bucket.factors[i], bucket.eigvecs[i]
             rescued = update.refresh_roots(*matrices, bucket.exponents[i], bc2, blocks, **options)
             bucket.rescued.update((owner(plan, i, block), f"roots {cause}") for block, cause in rescued)
+
+
+def factor_correction(group: dict[str, Any], t: int) -> float:
+    """What factors are divided by at step t: 1 - beta2^s, s being the step up to which their newest gradient counts; 1 without
+    bias correction.
+    """
+    every = group["factor_frequency"]
+    return update.bias_correction(group["betas"][1], t - (t - 1) % every - 1 + every) if group["bias_correction"] else 1.0
 
 
 def due_blocks(

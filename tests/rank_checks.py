@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from shampoo import AdamWShampoo
+from shampoo.diagnostics import diagnostics, weights
 
 TIMEOUT = 120  # seconds of a check
 COMMON = {"lr": 1e-3, "eps": 1e-4, "block_size": 16, "precondition_frequency": 20, "start_preconditioning_step": 40}
@@ -141,6 +142,22 @@ def single_process(steps=50, **options):
     """The same in this process."""
     assert not dist.is_initialized()
     return weights_after(0, 1, steps, **options)
+
+
+def diagnosed(rank, size, sharded=False):
+    """What a rank reports of the step after some steps, of `layers`, under FSDP2 if sharded."""
+    model = layers((24, 40, 6))
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    optimizer = AdamWShampoo(model.parameters(), **{**COMMON, "start_preconditioning_step": 20})
+    train_layers(model, optimizer, 20)
+    before = weights(optimizer)
+    gradients(model, 20)
+    optimizer.step()
+    return diagnostics(optimizer, before)
 
 
 def missing_on_one_rank(rank, size):

@@ -43,6 +43,20 @@ def test_all_ranks_have_the_weights_of_one(pools, size, options):
     assert largest_difference(weights[0], single_process(**options)) <= 1e-6
 
 
+@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (2, True)])
+def test_each_rank_reports_what_it_owns(pools, size, sharded):
+    of_ranks, alone = pools(size).run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
+    assert {name for found in of_ranks for name in found} == set(alone)
+    assert any(set(found) != set(alone) for found in of_ranks)
+    for name, expected in alone.items():
+        reports = [found[name] for found in of_ranks if name in found]
+        for figure in set(expected) - {"condition", "effective_rank", "root_residual", "roots_missing"}:
+            assert [report[figure] for report in reports] == pytest.approx([expected[figure]] * len(reports), rel=1e-3)
+        if name != "optimizer":  # the factors of a rank's own blocks alone
+            assert max(report["condition"] for report in reports) == pytest.approx(expected["condition"], rel=1e-3)
+            assert min(report["effective_rank"] for report in reports) == pytest.approx(expected["effective_rank"], rel=1e-3)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_before_the_first_roots_the_bits_are_those_of_one(pools, size):
     """Elementwise work does not depend on how blocks are stacked; the rounding of batched products may."""

@@ -1,0 +1,337 @@
+"""What `shampoo.diagnostics` reports, against numpy in float64 and cases whose answer is known."""
+
+import logging
+from copy import deepcopy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from experiments.norm_ratio import layer_table, train, workload_table
+from experiments.variants import LEARNING_RATES
+from shampoo import AdamWShampoo
+from shampoo.diagnostics import diagnostics, log_diagnostics, spectrum, weights
+
+OPTIONS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-3, "block_size": 8, "merge_dims": False, "precondition_frequency": 3}
+GRADIENT = {"gradient_norm", "gradient_nuclear_norm", "nuclear_ratio"}
+UPDATE = {"update_norm", "update_ratio"}
+FACTORS = {"condition", "effective_rank", "root_residual", "roots_missing"}
+
+
+def make(*shapes, dtype=torch.float64, device="cpu", **options):
+    draw = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=draw).to(device, dtype)) for shape in shapes]
+    return params, AdamWShampoo(params, **{**OPTIONS, **options})
+
+
+def step(params, optimizer, t):
+    """Step t with random gradients, larger and larger; the diagnostics, and the gradients."""
+    draw = torch.Generator().manual_seed(t)
+    for p in params:
+        p.grad = (t * torch.randn(p.shape, generator=draw)).to(p.device, p.dtype)
+    before = weights(optimizer)
+    optimizer.step()
+    return diagnostics(optimizer, before), [p.grad.cpu().double().numpy() for p in params]
+
+
+def power(S, p):
+    lam, Q = np.linalg.eigh(S)
+    return (Q * lam**p) @ Q.T
+
+
+def second_moments(gradients, beta, eps, relative):
+    """S of both sides after each gradient of one block, by numpy alone."""
+    sides, moments = [lambda G: G @ G.T, lambda G: G.T @ G], []
+    for side in sides:
+        A, of_side = 0, []
+        for t, G in enumerate(gradients, start=1):
+            A = beta * A + (1 - beta) * side(G)
+            corrected = A / (1 - beta**t)
+            of_side.append((corrected, corrected + eps * (np.trace(corrected) if relative else 1) * np.eye(len(A))))
+        moments.append(of_side)
+    return moments
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_figures_of_a_matrix_in_blocks_are_numpys(device, relative):
+    (W,), optimizer = make((12, 7), device=device, relative_eps=relative)
+    gradients, starts = [], [W.detach().cpu().numpy().copy()]
+    for t in range(1, 6):
+        found, (G,) = step([W], optimizer, t)
+        gradients.append(G)
+        starts.append(W.detach().cpu().numpy().copy())
+    found = found["parameter 0 of shape (12, 7)"]
+    assert set(found) == GRADIENT | UPDATE | FACTORS | {"weight_norm"}
+    singular = np.linalg.svd(G, compute_uv=False)
+    norm = np.linalg.norm
+    expected = {
+        "gradient_norm": norm(G),
+        "gradient_nuclear_norm": singular.sum(),
+        "nuclear_ratio": singular.sum() / (np.sqrt(7) * norm(G)),
+        "weight_norm": norm(starts[-1]),
+        "update_norm": norm(starts[-1] - starts[-2]),
+        "update_ratio": norm(starts[-1] - starts[-2]) / norm(starts[-2]),
+        "roots_missing": 0,
+    }
+    conditions, ranks, residuals = [], [], []
+    for rows in (slice(0, 8), slice(8, 12)):
+        for of_side in second_moments([G[rows] for G in gradients], 0.95, 1e-3, relative):
+            A, S = of_side[-1]
+            conditions.append(np.linalg.cond(S))
+            shares = np.clip(np.linalg.eigvalsh(A), 1e-300, None) / np.trace(A)
+            ranks.append(np.exp(-(shares * np.log(shares)).sum()))
+            half, stale = power(S, 1 / 8), power(of_side[2][1], -1 / 4)  # of step 3, the only one with a refresh
+            residuals.append(norm(half @ stale @ half - np.eye(len(S))) / np.sqrt(len(S)))
+    expected |= {"condition": max(conditions), "effective_rank": min(ranks), "root_residual": max(residuals)}
+    assert found == pytest.approx(expected, rel=1e-5)  # bias corrections are rounded to float32
+
+
+def test_the_residual_is_one_before_roots_small_when_they_are_fresh_and_grows(device):
+    params, optimizer = make((10, 10), dtype=torch.float32, device=device, precondition_frequency=4)
+    found = [next(x for name, x in step(params, optimizer, t)[0].items() if name != "optimizer") for t in range(1, 8)]
+    residuals = [of_step["root_residual"] for of_step in found]
+    assert residuals[:3] == pytest.approx([1, 1, 1], rel=1e-12)
+    assert residuals[3] < 1e-4
+    assert 0.02 < residuals[4] < residuals[5] < residuals[6]
+    assert [of_step["roots_missing"] for of_step in found] == [1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(2.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
+def test_the_residual_measures_the_solvers_error_too(factor, expected):
+    params, optimizer = make((6,), precondition_frequency=1)
+    step(params, optimizer, 1)
+    optimizer._buckets[0][0].inv_roots[0][0].mul_(factor)
+    assert diagnostics(optimizer)["parameter 0 of shape (6,)"]["root_residual"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [({}, 1e-5), ({"exponents": (0.5, 0.0)}, 1e-5), ({"solver": "newton"}, 1e-5), ({"bf16_roots": True}, 2**-7)],
+)
+def test_every_kind_of_root_is_near_its_factor_when_fresh(options, bound):
+    params, optimizer = make((6, 6), dtype=torch.float32, precondition_frequency=1, **options)
+    residuals = [step(params, optimizer, t)[0]["parameter 0 of shape (6, 6)"]["root_residual"] for t in range(1, 4)]
+    assert max(residuals) < bound
+
+
+def test_bases_that_only_nearly_fit_show_in_the_residual():
+    params, optimizer = make((6, 6), precondition_frequency=1, solver="qr")
+    residuals = [step(params, optimizer, t)[0]["parameter 0 of shape (6, 6)"]["root_residual"] for t in range(1, 4)]
+    assert residuals[0] < 1e-5  # the first basis is exact
+    assert min(residuals[1:]) > 1e-3
+    assert max(residuals[1:]) < 0.3
+
+
+def test_roots_given_up_and_rescued_are_reported():
+    params, optimizer = make((16, 8), precondition_frequency=1)
+    step(params, optimizer, 1)
+    optimizer._buckets[0][0].inv_roots[0][1][1] = torch.eye(8)
+    optimizer.events["roots computed in float64"] += 3
+    found = diagnostics(optimizer)
+    assert found["parameter 0 of shape (16, 8)"]["roots_missing"] == 1 / 4  # two blocks of two roots
+    assert found["optimizer"] == {"steps": 1, "steps_skipped": 0, "roots_rescued": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "m", "n"), [((9, 5), 9, 5), ((6, 2, 3), 6, 6), ((3, 4, 2, 5), 3, 40), ((7,), 7, 1), ((), 1, 1)]
+)
+def test_the_ratio_is_one_for_equal_singular_values_and_least_for_rank_one(shape, m, n):
+    (W,), optimizer = make(shape, lr=0.0)
+
+    def ratio(matrix):
+        W.grad = torch.as_tensor(matrix).reshape(shape)
+        optimizer.step()
+        return next(x for name, x in diagnostics(optimizer).items() if name != "optimizer")["nuclear_ratio"]
+
+    rng = np.random.default_rng(0)
+    U, singular, V = np.linalg.svd(rng.standard_normal((m, n)), full_matrices=False)
+    assert ratio(3.0 * U @ V) == pytest.approx(1)
+    assert ratio(np.outer(rng.standard_normal(m), rng.standard_normal(n))) == pytest.approx(min(m, n) ** -0.5)
+    assert ratio((U * singular) @ V) == pytest.approx(singular.sum() / np.linalg.norm(singular) / min(m, n) ** 0.5)
+
+
+def test_a_matrix_is_the_merged_one():
+    params, optimizer = make((4, 6, 2, 2), (4, 2), merge_dims=True, lr=0.0)  # to (4, 6, 4), and a vector of 8
+    found, (G, _) = step(params, optimizer, 1)
+    expected = np.linalg.norm(G.reshape(4, 24), "nuc")
+    assert found["parameter 0 of shape (4, 6, 2, 2)"]["gradient_nuclear_norm"] == pytest.approx(expected)
+    assert found["parameter 1 of shape (4, 2)"]["nuclear_ratio"] == pytest.approx(1)
+
+
+def test_parameters_report_what_they_have():
+    params, optimizer = make((12, 3), (40, 2), (5,), (3, 3), (0, 4), max_dim=40, precondition_vectors=False)
+    params[3].requires_grad_(False)
+    for p in params[:3]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    found = diagnostics(optimizer)
+    assert set(found) - {"optimizer"} == {f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(params[:4])}
+    keys = [set(found[f"parameter {i} of shape {tuple(p.shape)}"]) - {"weight_norm"} for i, p in enumerate(params[:4])]
+    assert keys == [GRADIENT | FACTORS, GRADIENT, GRADIENT, FACTORS]
+
+
+def test_before_the_first_step_there_are_no_factors():
+    params, optimizer = make((4, 4))
+    assert diagnostics(optimizer) == {
+        "optimizer": {"steps": 0, "steps_skipped": 0, "roots_rescued": 0},
+        "parameter 0 of shape (4, 4)": {"weight_norm": pytest.approx(params[0].norm().item())},
+    }
+
+
+def test_names_are_the_parameters_own_or_their_places_among_all():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    groups = [{"params": list(layer.parameters()), "weight_decay": i} for i, layer in enumerate(model)]
+    shapes = ["(2, 3)", "(2,)", "(2, 2)", "(2,)"]
+    expected = ["optimizer", *(f"parameter {i} of shape {shape}" for i, shape in enumerate(shapes))]
+    assert list(diagnostics(AdamWShampoo(groups))) == expected
+    groups = [
+        {**group, "param_names": [f"{i}.{name}" for name, _ in layer.named_parameters()]}
+        for i, (group, layer) in enumerate(zip(groups, model))
+    ]
+    assert list(diagnostics(AdamWShampoo(groups))) == ["optimizer", "0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_the_update_is_what_weights_of_few_bits_moved():
+    params, optimizer = make((8, 8), dtype=torch.bfloat16, lr=1e-3, weight_decay=0.1)
+    before = params[0].detach().double().numpy().copy()
+    found = step(params, optimizer, 1)[0]["parameter 0 of shape (8, 8)"]
+    moved = np.linalg.norm(params[0].detach().double().numpy() - before)
+    assert 0 < moved < 1e-3 * 8  # some numbers of Adam's first step, 1e-3 each, are lost in rounding
+    assert found["update_norm"] == pytest.approx(moved, rel=1e-12)
+    assert found["update_ratio"] == pytest.approx(moved / np.linalg.norm(before), rel=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_is_reported_as_it_is(caplog):
+    params, optimizer = make((4, 4), (3,))
+    step(params, optimizer, 1)
+    params[0].grad[1, 2] = torch.nan
+    before = weights(optimizer)
+    with caplog.at_level(logging.ERROR, logger="shampoo"):
+        optimizer.step()
+    found = diagnostics(optimizer, before)
+    assert found["optimizer"] == {"steps": 1, "steps_skipped": 1, "roots_rescued": 0}
+    assert all(np.isnan(found["parameter 0 of shape (4, 4)"][figure]) for figure in GRADIENT)
+    assert found["parameter 0 of shape (4, 4)"]["update_norm"] == 0
+    assert found["parameter 1 of shape (3,)"]["nuclear_ratio"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_factor_that_is_not_finite_is_reported_as_it_is(value):
+    params, optimizer = make((8,))
+    step(params, optimizer, 1)
+    optimizer._buckets[0][0].factors[0][0][0, 2, 1] = value  # in the lower triangle, which is what eigh reads
+    found = diagnostics(optimizer)["parameter 0 of shape (8,)"]
+    assert all(np.isnan(found[figure]) for figure in FACTORS - {"roots_missing"})
+    assert found["roots_missing"] == 1
+
+
+def test_a_factor_whose_rounding_made_an_eigenvalue_negative_is_shifted_as_the_solvers_do():
+    A = torch.tensor([[1.0, 0.0], [0.0, -5e-4]], dtype=torch.float64)
+    condition, rank, _, missing = spectrum(A, torch.eye(2, dtype=torch.float64), 0.5, 1e-3, False)
+    assert (condition, rank, missing) == (pytest.approx(1.0015 / 0.001), pytest.approx(1), True)
+
+
+def test_zeros_are_reported_as_ratios_without_a_value():
+    params, optimizer = make((4, 4))
+    params[0].data.zero_()
+    params[0].grad = torch.zeros_like(params[0])
+    before = weights(optimizer)
+    optimizer.step()
+    found = diagnostics(optimizer, before)["parameter 0 of shape (4, 4)"]
+    assert {figure for figure, x in found.items() if np.isnan(x)} == {"nuclear_ratio", "update_ratio", "effective_rank"}
+    assert found["condition"] == 1
+
+
+def test_weights_that_do_not_fit_are_refused():
+    _, optimizer = make((4, 4), (3,))
+    with pytest.raises(ValueError, match="the optimizer's 2 parameters from before the step"):
+        diagnostics(optimizer, weights(optimizer)[:1])
+    with pytest.raises(ValueError, match=r"\[\(3,\), \(4, 4\)\]"):
+        diagnostics(optimizer, weights(optimizer)[::-1])
+
+
+def test_a_call_changes_and_keeps_nothing():
+    (params, optimizer), (others, other) = make((12, 7), (5,), momentum=0.5), make((12, 7), (5,), momentum=0.5)
+    for t in range(1, 8):
+        for of in (params, others):
+            for p in of:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t), dtype=p.dtype)
+        optimizer.step()
+        other.step()
+        state, grads = deepcopy(vars(optimizer)), [p.grad.clone() for p in params]
+        diagnostics(optimizer, weights(optimizer))
+        assert vars(optimizer).keys() == state.keys() == vars(other).keys()
+        assert all(torch.equal(p.grad, G) for p, G in zip(params, grads))
+        assert optimizer.events == {}
+    assert all(torch.equal(p, q) for p, q in zip(params, others))
+    for one, two in zip(optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_tensorboard_gets_scalars_and_histograms(tmp_path):
+    model = torch.nn.Linear(6, 4)
+    optimizer = AdamWShampoo([{"params": list(model.parameters()), "param_names": ["weight", "bias"]}], **OPTIONS)
+    model.bias.data.zero_()  # an update ratio that is infinite
+    with SummaryWriter(str(tmp_path)) as writer:
+        for t in (1, 2):
+            before = weights(optimizer)
+            model(torch.ones(1, 6)).sum().backward()
+            optimizer.step()
+            found = log_diagnostics(optimizer, writer, 10 * t, before if t == 1 else None)
+    assert found == diagnostics(optimizer)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(x.step, x.value) for x in events.Scalars("condition/weight")][1] == (
+        20,
+        pytest.approx(found["weight"]["condition"]),
+    )
+    assert [x.step for x in events.Scalars("update_ratio/weight")] == [10]
+    assert "update_ratio/bias" not in events.Tags()["scalars"]
+    assert events.Scalars("steps/optimizer")[-1].value == 2
+    assert "log10_over_parameters/steps" not in events.Tags()["histograms"]
+    logs = [np.log10(found[name]["gradient_norm"]) for name in ("weight", "bias")]
+    histogram = events.Histograms("log10_over_parameters/gradient_norm")[-1].histogram_value
+    assert (histogram.num, histogram.sum) == (2, pytest.approx(sum(logs)))
+
+
+def test_a_watched_run_is_the_run(tmp_path):
+    runs = [
+        train("airports_dlrm", LEARNING_RATES["airports_dlrm"], steps=6, every=every, folder=tmp_path / str(every))
+        for every in (2, 100)
+    ]
+    assert runs[1].empty
+    assert list(runs[0]["step"].unique()) == [2, 4, 6]
+    assert runs[0].query("parameter == 'output.weight'")["update_norm"].gt(0).all()
+    assert runs[0]["split_ratio"].dropna().between(0, 1.000001).all()
+    kept = [pd.read_csv(tmp_path / str(every) / "eval_measurements.csv") for every in (2, 100)]
+    losses = [table.filter(like="/loss") for table in kept]
+    assert losses[0].shape == (2, 3)
+    assert losses[0].equals(losses[1])
+
+
+def test_tables_of_ratios_have_medians_over_steps_and_the_slope_over_layers():
+    shapes = {"a": (4, 8), "b": (64, 16)}
+    rows = [
+        {
+            "workload": "w",
+            "parameter": name,
+            "step": t,
+            "m": m,
+            "n": n,
+            "nuclear_ratio": min(m, n) ** -0.5 * x,
+            "split_ratio": 0.5,
+        }
+        for name, (m, n) in shapes.items()
+        for t, x in enumerate((1.0, 1.5, 1.1))
+    ]
+    layers = layer_table(pd.DataFrame([*rows, {"workload": "w", "parameter": "bias", "step": 0, "nuclear_ratio": 1.0}]))
+    assert layers["least possible"].to_list() == [0.5, 0.25]
+    assert layers["batch median"].to_list() == pytest.approx([0.55, 0.275])
+    table = workload_table(layers).set_index("workload")
+    assert table.index.to_list() == ["w", "all"]
+    assert table.loc["w", ["matrices", "batch max", "slope, batch", "slope, eval_train"]].to_list() == pytest.approx(
+        [2, 0.55, -0.5, 0], abs=1e-9
+    )
