@@ -1,5 +1,6 @@
 """What AlgoPerf asks of a submission: against its own package where that can be imported, else against the stand-in."""
 
+import runner  # noqa: F401  brings algoperf.spec
 
 # isort: split
 
