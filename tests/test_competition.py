@@ -93,7 +93,7 @@ def test_the_plan_is_the_benchmarks(capsys):
 def test_the_check_names_what_is_missing(tmp_path):
     submission = tmp_path / plan.SUBMISSION
     places = {"ALGOPERF": str(tmp_path), "DATA": str(tmp_path / "data"), "EXPERIMENTS": str(tmp_path / "new" / "experiments")}
-    found = {what: there for what, there, _ in check.check_folders(places.get)}
+    found = {what: there for what, there, _, _ in check.check_folders(places.get)}
     assert not found["AlgoPerf's runner"]
     assert not found["this submission in AlgoPerf's checkout"]
     assert not found["data of ogbg"]
@@ -103,12 +103,12 @@ def test_the_check_names_what_is_missing(tmp_path):
         (submission / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data" / "ogbg").mkdir(parents=True)
     (tmp_path / "data" / "ogbg" / "file").touch()
-    found = {what: there for what, there, _ in check.check_folders(places.get)}
+    found = {what: there for what, there, _, _ in check.check_folders(places.get)}
     assert found["AlgoPerf's runner"]
     assert found["this submission in AlgoPerf's checkout"]
     assert found["data of ogbg"]
     (submission / "shampoo" / "roots.py").write_text("other")
-    words = {what: (there, said) for what, there, said in check.check_folders(places.get)}
+    words = {what: (there, remedy) for what, there, _, remedy in check.check_folders(places.get)}
     assert not words["this submission in AlgoPerf's checkout"][0]
     assert "shampoo/roots.py" in words["this submission in AlgoPerf's checkout"][1]
     assert not next(check.check_folders({}.get))[1]
