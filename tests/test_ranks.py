@@ -6,6 +6,9 @@ import torch
 from rank_checks import Pool, single_process
 
 
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
+
+
 @pytest.fixture(scope="module")
 def pools():
     """A pool for each number of ranks, started when first asked for, and again after a check that did not end."""
@@ -43,7 +46,7 @@ def test_all_ranks_have_the_weights_of_one(pools, size, options):
     assert largest_difference(weights[0], single_process(**options)) <= 1e-6
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), pytest.param(2, True, marks=needs_fsdp2)])
 def test_each_rank_reports_what_it_owns(pools, size, sharded):
     of_ranks, alone = pools(size).run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
     assert {name for found in of_ranks for name in found} == set(alone)
@@ -115,7 +118,7 @@ def test_a_group_that_ranks_disagree_on_is_kept_by_none(pools):
         assert (groups, with_state, moved) == (1, 1, True)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
+@needs_fsdp2
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["cut", "uneven and empty"])
 def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
@@ -129,7 +132,7 @@ def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
         assert max(of_rank for _, of_rank in results) < 1.5 * numbers / size
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
+@needs_fsdp2
 @pytest.mark.parametrize("case", ["hybrid", "tensor", "both", "by hand"])
 def test_dtensors_of_any_placement_move_as_in_one_process(pools, case):
     results = pools(4).run(rank_checks.placed, case=case)
