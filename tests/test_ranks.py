@@ -5,7 +5,6 @@ import rank_checks
 import torch
 from rank_checks import Pool, single_process
 
-
 needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
 
 
