@@ -102,7 +102,9 @@ def run_suite(root: Path, workload: str, spaces: dict[str, Path], trials: int, s
     suite += [f"--experiment_dir={root}", "--eval_every_steps=10"]
     subprocess.run(suite, cwd=ROOT, check=True)
     found = read_suite(root)
-    return found[found["workload"] == workload].assign(seed=found["study"].str.removeprefix("study_").astype(int) + first_seed - 1)
+    return found[found["workload"] == workload].assign(
+        seed=found["study"].str.removeprefix("study_").astype(int) + first_seed - 1
+    )
 
 
 def run(root: Path, workload: str, seeds: int) -> pd.DataFrame:
