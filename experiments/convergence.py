@@ -261,7 +261,7 @@ def draw(norms: pd.DataFrame, path: Path) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set(title=f"{name}, {m} x {n}", xlabel="horizon K", ylabel="mean nuclear norm of the gradient")
         axes.grid(alpha=0.3)
-    panels[-1].legend()
+    panels[-1].legend(title="1/p, 1/q")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

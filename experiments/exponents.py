@@ -3,8 +3,9 @@
 The first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R, once with Adam's grafting and once
 without grafting, as trials of `runner.suite`. With grafting the learning rate is the workload's in `variants.LEARNING_RATES`.
 Without, the length of a step depends on the exponents. So each variant gets a ladder of three rates on the first seed: the
-middle one makes the step as long as Adam's (`matched_rate`), the others are a third and three times that. Other seeds run at
-the best of the three. The same command goes on where it stopped, and ends with a table, also in DIR/exponents.csv and .md.
+first makes the step as long as Adam's (`matched_rate`), the others are a third and three times that. Other seeds run at the
+best of the three. Roots are then fresh at every step, for nothing else bounds a step. The same command goes on where it
+stopped, and ends with a table of all that DIR holds, also in DIR/exponents.csv and .md.
 """
 
 import json
@@ -37,8 +38,9 @@ PROBE_STEPS = 30
 
 
 def variant(grafting: str, exponents: tuple[float, float], **others: Any) -> dict[str, Any]:
-    """A point of the search space."""
-    return {**json.loads(SPACE.read_text())[0], "grafting": grafting, "exponents": list(exponents), **others}
+    """A point of the search space. Without grafting roots are fresh at each step, for nothing bounds a step with old ones."""
+    point = {**json.loads(SPACE.read_text())[0], "grafting": grafting, "exponents": list(exponents)}
+    return point | ({"precondition_frequency": 1} if grafting == "none" else {}) | others
 
 
 def name_of(point: dict[str, Any]) -> str:
@@ -63,15 +65,19 @@ def record_gradients(workload_name: str, folder: Path) -> list[list[Tensor]]:
 
 
 def step_length(point: dict[str, Any], gradients: list[list[Tensor]]) -> float:
-    """||P||_F over all weights, P being the direction after these gradients, without decay."""
+    """||P||_F over all weights, P being the direction of a step without decay: the mean over the last
+    `precondition_frequency` of these gradients, for P grows as roots become old.
+    """
     weights = [torch.nn.Parameter(torch.zeros_like(G)) for G in gradients[0]]
     optimizer = AdamWShampoo(weights, **{**optimizer_options(point), "lr": 1.0, "weight_decay": 0.0})
+    lengths = []
     for step in gradients:
         before = torch.cat([W.detach().flatten() for W in weights])
         for W, G in zip(weights, step, strict=True):
             W.grad = G.clone()
         optimizer.step()
-    return (torch.cat([W.detach().flatten() for W in weights]) - before).norm().item()
+        lengths.append((torch.cat([W.detach().flatten() for W in weights]) - before).norm().item())
+    return float(np.mean(lengths[-point["precondition_frequency"] :]))
 
 
 def matched_rate(workload: str, exponents: tuple[float, float], gradients: list[list[Tensor]]) -> float:
@@ -94,32 +100,34 @@ def write_ladders(folder: Path, workload: str) -> dict[str, Path]:
     return paths
 
 
-def run_suite(root: Path, workload: str, spaces: dict[str, Path], trials: int, studies: int, first_seed: int) -> pd.DataFrame:
-    """Run what has not been run of these variants, and read all of it; study K has the seed first_seed + K - 1."""
+def run_suite(folder: Path, workload: str, spaces: dict[str, Path], trials: int, seeds: range) -> pd.DataFrame:
+    """Run what has not been run of these variants, and read all of it."""
     entries = ",".join(f"{name}={ROOT / 'submission.py'}:{path}" for name, path in spaces.items())
     suite = [sys.executable, "-m", "runner.suite", f"--submissions={entries}", f"--workloads={workload}"]
-    suite += [f"--num_tuning_trials={trials}", f"--num_studies={studies}", f"--rng_seed={first_seed - 1}"]
-    suite += [f"--experiment_dir={root}", "--eval_every_steps=10"]
-    subprocess.run(suite, cwd=ROOT, check=True)
-    found = read_suite(root)
-    return found[found["workload"] == workload].assign(
-        seed=found["study"].str.removeprefix("study_").astype(int) + first_seed - 1
-    )
+    suite += [f"--num_tuning_trials={trials}", f"--num_studies={len(seeds)}", f"--rng_seed={seeds[0] - 1}"]
+    subprocess.run([*suite, f"--experiment_dir={folder}", "--eval_every_steps=10"], cwd=ROOT, check=True)
+    return read_suite(folder)
 
 
-def run(root: Path, workload: str, seeds: int) -> pd.DataFrame:
-    """All trials of a workload: the first seed's ladders, and the other seeds at the best learning rate."""
+def run(root: Path, workload: str, grafting: str, seeds: int) -> None:
+    """All trials of a workload: the first seed's, a ladder where there is no grafting, and the others at the best rate."""
     spaces = write_ladders(root / "spaces" / workload, workload)
+    chosen = {name: path for name, path in spaces.items() if name.startswith(grafting)}
+    points = len(LADDER) if grafting == "none" else 1
+    first = run_suite(root / workload / f"{grafting}_1", workload, chosen, points, range(1, 2))
+    if seeds > 1:
+        best = {name: root / "spaces" / workload / f"best_{name}.json" for name in chosen}
+        for name, path in best.items():
+            path.write_text(json.dumps([best_trial(first[first["submission"] == name])["point"]]))
+        run_suite(root / workload / f"{grafting}_2", workload, best, 1, range(2, seeds + 1))
+
+
+def read_all(root: Path) -> pd.DataFrame:
+    """All trials below root that were evaluated, with their seeds: folders end in that of their first study."""
     parts = []
-    for grafting, trials in (("adam", 1), ("none", len(LADDER))):
-        chosen = {name: path for name, path in spaces.items() if name.startswith(grafting)}
-        first = run_suite(root / workload / f"{grafting}_first", workload, chosen, trials, 1, 1)
-        parts.append(first)
-        if seeds > 1:
-            best = {name: root / "spaces" / workload / f"best_{name}.json" for name in chosen}
-            for name, path in best.items():
-                path.write_text(json.dumps([best_trial(first[first["submission"] == name])["point"]]))
-            parts.append(run_suite(root / workload / f"{grafting}_others", workload, best, 1, seeds - 1, 2))
+    for folder in sorted(root.glob("*/*_[12]")):
+        trials = read_suite(folder)
+        parts.append(trials.assign(seed=trials["study"].str.removeprefix("study_").astype(int) + int(folder.name[-1]) - 1))
     return pd.concat(parts)
 
 
@@ -146,7 +154,10 @@ def tabulate(trials: pd.DataFrame) -> pd.DataFrame:
 def main(_: Any) -> None:
     """Run what has not been run, and print the table."""
     root = Path(FLAGS.experiment_dir).resolve()
-    trials = pd.concat([run(root, workload, FLAGS.num_seeds) for workload in FLAGS.workload])
+    for workload in FLAGS.workload:
+        for grafting in FLAGS.grafting:
+            run(root, workload, grafting, FLAGS.num_seeds)
+    trials = read_all(root)
     table = tabulate(trials)
     points = pd.json_normalize(trials["point"].to_list())[["grafting", "exponents", "learning_rate"]]
     runs = pd.concat([trials[["workload", "seed", "steps", "best"]].reset_index(drop=True), points], axis=1)
@@ -157,6 +168,9 @@ def main(_: Any) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("workload", ["solubility_gnn", "mnist_vit"], list(LEARNING_RATES), "on which ones")
+    flags.DEFINE_multi_enum(
+        "grafting", ["adam", "none"], ["adam", "none"], "which; without grafting runs take three times as long"
+    )
     flags.DEFINE_integer("num_seeds", 2, "seeds; the first chooses the learning rate", lower_bound=1)
     flags.DEFINE_string("experiment_dir", None, "where trials are kept", required=True)
     app.run(main)
