@@ -90,13 +90,15 @@ def write_ladders(folder: Path, workload: str) -> dict[str, Path]:
     """A search space for each variant: one learning rate with grafting, the ladder without. Those that exist stay."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name_of(variant(g, e)): folder / f"{name_of(variant(g, e))}.json" for e in EXPONENTS for g in ("adam", "none")}
-    if not all(path.exists() for path in paths.values()):
-        gradients = record_gradients(workload, folder)
-        for exponents in EXPONENTS:
-            rate = matched_rate(workload, exponents, gradients)
-            for grafting, rates in (("adam", [LEARNING_RATES[workload]]), ("none", [rate * factor for factor in LADDER])):
-                points = [variant(grafting, exponents, learning_rate=float(f"{r:.2g}")) for r in rates]
-                paths[name_of(points[0])].write_text(json.dumps(points))
+    if all(path.exists() for path in paths.values()):
+        return paths
+    gradients = record_gradients(workload, folder)
+    for exponents in EXPONENTS:
+        rate = matched_rate(workload, exponents, gradients)
+        for grafting, rates in (("adam", [LEARNING_RATES[workload]]), ("none", [rate * factor for factor in LADDER])):
+            points = [variant(grafting, exponents, learning_rate=float(f"{r:.2g}")) for r in rates]
+            if not (path := paths[name_of(points[0])]).exists():
+                path.write_text(json.dumps(points))
     return paths
 
 
@@ -141,10 +143,8 @@ def tabulate(trials: pd.DataFrame) -> pd.DataFrame:
         cell = f"{trial.steps:.0f}" if np.isfinite(trial.steps) else f"- ({trial.best:.3g})"
         row = rows.setdefault((trial.workload, point["grafting"], "{:g}, {:g}".format(*point["exponents"])), {})
         if trial.seed == 1:
-            rate = f"{point['learning_rate']:g}"
-            row["seed 1: steps at each learning rate"] = "; ".join(
-                [*filter(None, [row.get("seed 1: steps at each learning rate")]), f"{rate}: {cell}"]
-            )
+            ladder = row.get("seed 1: steps at each learning rate", "")
+            row["seed 1: steps at each learning rate"] = f"{ladder}{'; ' * bool(ladder)}{point['learning_rate']:g}: {cell}"
         else:
             row["best rate"] = f"{point['learning_rate']:g}"
             row[f"seed {trial.seed}"] = cell
