@@ -2,9 +2,9 @@
 
 The first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R, once with Adam's grafting and once
 without grafting, as trials of `runner.suite`. With grafting the learning rate is the workload's in `variants.LEARNING_RATES`.
-Without, the length of a step depends on the exponents. So each variant gets a ladder of three rates on the first seed: the
-first makes the step as long as Adam's (`matched_rate`), the others are a third and three times that. Other seeds run at the
-best of the three. Roots are then fresh at every step, for nothing else bounds a step. The same command goes on where it
+Without, the length of a step depends on the exponents. So each variant gets a ladder of four rates on the first seed: the
+first makes the step as long as Adam's (`matched_rate`), the others are 1/9, 1/3 and 3 times that. Other seeds run at the
+best of the four. Roots are then fresh at every step, for nothing else bounds a step. The same command goes on where it
 stopped, and ends with a table of all that DIR holds, also in DIR/exponents.csv and .md.
 """
 
@@ -33,7 +33,7 @@ from .variants import LEARNING_RATES, ROOT, SPACE
 FLAGS = flags.FLAGS
 
 EXPONENTS = [(0.125, 0.125), (0.25, 0.25), (0.375, 0.375), (0.5, 0.5), (0.5, 0.0), (0.0, 0.5)]  # (1/p, 1/q)
-LADDER = [1.0, 1 / 3, 3.0]
+LADDER = [1.0, 1 / 3, 3.0, 1 / 9]
 PROBE_STEPS = 30
 
 
