@@ -72,11 +72,11 @@ def step_length(point: dict[str, Any], gradients: list[list[Tensor]]) -> float:
     optimizer = AdamWShampoo(weights, **{**optimizer_options(point), "lr": 1.0, "weight_decay": 0.0})
     lengths = []
     for step in gradients:
-        before = torch.cat([W.detach().flatten() for W in weights])
         for W, G in zip(weights, step, strict=True):
+            W.data.zero_()  # so that W is the step
             W.grad = G.clone()
         optimizer.step()
-        lengths.append((torch.cat([W.detach().flatten() for W in weights]) - before).norm().item())
+        lengths.append(torch.cat([W.detach().flatten() for W in weights]).norm().item())
     return float(np.mean(lengths[-point["precondition_frequency"] :]))
 
 
