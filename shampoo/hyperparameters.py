@@ -39,6 +39,7 @@ OPTIONAL: dict[str, Rule] = {
     "factor_frequency": OPTIONS["factor_frequency"],
     "precondition_vectors": OPTIONS["precondition_vectors"],
     "bf16_roots": OPTIONS["bf16_roots"],
+    "exponents": OPTIONS["exponents"],  # in the place of inverse_root
 }
 
 

@@ -1,4 +1,5 @@
-"""Batched inverse roots of symmetric positive semi-definite matrices.
+"""Batched inverse roots of symmetric positive semi-definite matrices: the (L + eps I)^(-1/p) and (R + eps I)^(-1/q) of arXiv
+2601.07326. Here A is a factor, L or R, and p is the power itself, the paper's 1/p or 1/q.
 
 Every solver has one contract: A of shape (B, d, d), float32 or float64, with entries of at most 2, scales s and eps > 0 of
 shape (B, 1), p > 0, and a basis Q (B, d, d) or None -> (s A + eps I)^(-p), symmetric to rounding, of A's shape and dtype.
@@ -115,9 +116,10 @@ def inverse_root(
 ) -> tuple[Tensor, dict[int, str]]:
     """(A / c + eps I)^(-p) of each matrix of A: (B, d, d), always finite, by SOLVERS[solver]; eps tr(A / c) if relative_eps.
 
-    Each matrix is divided by a power of two, so that no product overflows and no bit is lost. One that fails is tried alone by
-    `eigh`, then in float64; if that fails too, or A is not finite, it keeps its `previous` root, or gets the identity where
-    that is zero. Returns the roots, and in words what became of the matrices for which float32 was not enough.
+    The paper's have c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no product overflows and no
+    bit is lost. One that fails is tried alone by `eigh`, then in float64; if that fails too, or A is not finite, it keeps its
+    `previous` root, or gets the identity where that is zero. Returns the roots, and in words what became of the matrices for
+    which float32 was not enough.
     """
     s = _scales(A, c, eps)
     matrices = A / (c * s.unsqueeze(2))

@@ -9,7 +9,8 @@ abstract names the method, the details below are our reading of it):
     P = X_L M X_R                                                                     precondition
     W <- (1 - lr wd) W - lr P                                                         optimizer.step
 
-The competition's submission adds bias corrections, NAdam's look-ahead, grafting (`rescale`) and momentum on P.
+In the paper's letters beta1 is theta, beta2 is beta, lr is eta, wd is lambda, W is X. The competition's
+submission adds bias corrections, NAdam's look-ahead, grafting (`rescale`) and momentum on P.
 
 Elementwise work is bound by memory, and a new large tensor costs several passes over one that is there. So results take the
 place of what is not needed any more: the averaged gradient that of the gradient, the direction that of the averaged gradient.
@@ -43,7 +44,7 @@ def bias_correction(beta: float, t: int) -> float:
 
 
 def block_exponents(order: int, exponents: float | tuple[float, float] | None, multiplier: float) -> tuple[float, ...]:
-    """The exponent of each factor's inverse root, for a block of the given order k.
+    """The exponent of each factor's inverse root, 1/p and 1/q in the paper, for a block of the given order k.
 
     None: 1/(2k) each. A float: that each. A pair (left, right): left for the first dimension, right/(k-1) for each other one;
     a block of order 1 gets left + right. All times the multiplier.
@@ -84,6 +85,7 @@ def unfold(G: Tensor, d: int) -> Tensor:
 def update_factors(factors: Sequence[Tensor | None], G: Tensor, beta2: float, present: Tensor | None) -> None:
     """A_d <- beta2 A_d + (1 - beta2) U^T U in place, U = unfold(G, d); for beta2 = 1 a plain sum.
 
+    For matrices A_1 and A_2 are the paper's L and R: averages of G G^T and G^T G with decay beta.
     factors[d - 1]: (B, d_d, d_d), None where the exponent is zero; present: (B, 1, 1) or None.
     """
     for d, A in enumerate(factors, start=1):
@@ -107,6 +109,7 @@ def refresh_roots(
 ) -> list[tuple[int, str]]:
     """X_d <- (A_d / bc2 + eps I)^(-exponents[d]) in place, for each dimension with a factor: (B, d_d, d_d), for these blocks.
 
+    For matrices the paper's (L + eps I)^(-1/p) and (R + eps I)^(-1/q), with bc2 = 1: bias correction is the competition's.
     A few at a time, lest the solver need several times the memory of all factors. The options are those of `inverse_root`.
     Returns the blocks for which float32 was not enough, and what became of their roots.
     """
@@ -129,7 +132,8 @@ def refresh_roots(
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:
     """M <- beta1 M + (1 - beta1) G in place; returns the averaged gradient N = M / bc1, in the place of G.
 
-    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G, uncorrected.
+    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G, uncorrected. The paper's M, of
+    decay theta = beta1, is N with bc1 = 1 and without nadam.
     """
     if M is None:
         return G
@@ -140,6 +144,7 @@ def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, 
 def precondition(N: Tensor, inv_roots: Sequence[Tensor | None]) -> Tensor:
     """Contract N (B, d1, ..., dk) with X_d (B, d_d, d_d) along each dimension d; for matrices X_1 N X_2.
 
+    In the paper (L + eps I)^(-1/p) M (R + eps I)^(-1/q); an X_d of None is the identity, 1/p or 1/q = 0 (one-sided).
     The first from the left, the others from the right, the last of them first: so only those between are copied.
     """
     for d in (1, *range(len(inv_roots), 1, -1)):

@@ -267,6 +267,16 @@ def test_a_point_may_choose_what_makes_steps_cheaper():
     assert {key: group[key] for key in chosen} == chosen
 
 
+def test_a_point_may_choose_exponents():
+    def exponents(**changes):
+        return start(FakeWorkload(), as_point(**changes))["optimizer"].param_groups[0]["exponents"]
+
+    assert exponents() is None
+    assert exponents(inverse_root=2) == 0.5
+    assert list(exponents(exponents=[0.5, 0.0])) == [0.5, 0.0]  # as JSON has it
+    assert list(exponents(exponents=[0.5, 0.0], inverse_root=2)) == [0.5, 0.0]
+
+
 def test_the_schedule_spans_the_step_hint_times_its_factor():
     workload, point = FakeWorkload(), as_point(step_hint_factor=0.5, warmup_factor=0.25)
     scheduler, rates = start(workload, point)["scheduler"], []
@@ -292,6 +302,7 @@ def test_the_schedule_spans_the_step_hint_times_its_factor():
         ({"momentum": 0.9}, r"unknown: \['momentum'\]"),
         ({"grad_clip": 0.0}, "hyperparameter grad_clip is 0.0"),
         ({"solver": "svd"}, "hyperparameter solver is 'svd'"),
+        ({"exponents": [0.5, -0.5]}, r"hyperparameter exponents is \[0.5, -0.5\]; it must be a number >= 0"),
     ],
 )
 def test_a_bad_point_is_refused(changes, message):
