@@ -103,19 +103,21 @@ def weight_figures(W: Tensor, before: Tensor | None) -> Figures:
 
 def factor_figures(bucket: Bucket, group: dict[str, Any]) -> dict[int, Figures]:
     """For each parameter of which this rank has factors, by its place in the bucket: of its blocks' factors the largest
-    condition, the smallest effective_rank and the largest root_residual, as `spectrum` has them, and the share roots_missing
-    of roots that are zero, not computed yet, or the identity, given up. Nothing before the first step.
+    condition, the smallest effective_rank and the largest root_residual, as `spectrum` has them; the share roots_missing of
+    roots that are zero, not computed yet, or the identity, given up; and with solver "qr" the share bases_fit of those whose
+    eigenvectors a refresh would skip now. Nothing before the first step.
     """
     if group["step"] == 0:
         return {}
     found = defaultdict(list)
     c, eps, relative = factor_correction(group, group["step"]), group["eps"], group["relative_eps"]
     for i, ((blocks, *_), exponents) in enumerate(zip(bucket.layout.stacks, bucket.exponents, strict=True)):
-        for A, X, p in zip(bucket.factors[i], bucket.inv_roots[i], exponents, strict=True):
+        for A, X, Q, p in zip(bucket.factors[i], bucket.inv_roots[i], bucket.eigvecs[i], exponents, strict=True):
             if A is not None and X is not None:
                 for block in range(blocks):
                     of_block = spectrum(A[block].double() / c, X[block].double(), p, eps, relative)
-                    found[owner(bucket.layout, i, block)].append(of_block)
+                    fits = basis_fits(A[block].double(), Q[block].double(), group["qr_tolerance"]) if Q is not None else nan
+                    found[owner(bucket.layout, i, block)].append((*of_block, fits))
     columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
     return {
         param: {
@@ -124,7 +126,8 @@ def factor_figures(bucket: Bucket, group: dict[str, Any]) -> dict[int, Figures]:
             "root_residual": residual.max().item(),
             "roots_missing": missing.mean().item(),
         }
-        for param, (condition, rank, residual, missing) in columns.items()
+        | ({} if fits.isnan().all() else {"bases_fit": fits.mean().item()})
+        for param, (condition, rank, residual, missing, fits) in columns.items()
     }
 
 
@@ -151,6 +154,13 @@ def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> 
     residual = torch.linalg.matrix_norm(half @ X @ half - eye) / len(A) ** 0.5
     rank = torch.special.entr(lam / lam.sum()).sum().exp()
     return (shifted[-1] / shifted[0]).item(), rank.item(), residual.item(), missing
+
+
+def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
+    """Whether ||B - diag B||_F <= tolerance ||B||_F for B = Q^T A Q, the test of solver "qr"; not for a basis of zeros."""
+    B = Q.T @ A @ Q
+    norm = torch.linalg.matrix_norm
+    return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
 
 
 def log_diagnostics(

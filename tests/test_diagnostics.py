@@ -228,6 +228,27 @@ def test_a_factor_that_is_not_finite_is_reported_as_it_is(value):
     assert found["roots_missing"] == 1
 
 
+def test_bases_fit_until_the_factors_turn():
+    """Solver "qr" by its own test, in numpy: all bases fit when they are new, none after gradients of other directions."""
+    (W,), optimizer = make((6, 5), solver="qr", qr_tolerance=0.3, precondition_frequency=50, start_preconditioning_step=2)
+    shares = []
+    for t in range(1, 12):
+        W.grad = torch.zeros(6, 5, dtype=W.dtype)
+        W.grad[t // 3, t // 3] = 10.0**t  # one direction at first
+        W.grad += 10.0**t * torch.outer(torch.arange(6) % (t + 1) - 1.0, torch.arange(5) % (t + 2) - 1.0) * (t > 4)
+        optimizer.step()
+        (bucket,) = optimizer._buckets[0]
+        fits = []
+        for A, Q in zip(bucket.factors[0], bucket.eigvecs[0]):
+            B = Q[0].numpy().T @ A[0].numpy() @ Q[0].numpy()
+            fits.append(t >= 2 and np.linalg.norm(B - np.diag(np.diag(B))) <= 0.3 * np.linalg.norm(B))
+        shares.append(diagnostics(optimizer)["parameter 0 of shape (6, 5)"]["bases_fit"])
+        assert shares[-1] == np.mean(fits)
+    assert shares[0] == 0  # there are none yet
+    assert shares[1] == 1
+    assert shares[-1] == 0
+
+
 def test_a_factor_whose_rounding_made_an_eigenvalue_negative_is_shifted_as_the_solvers_do():
     A = torch.tensor([[1.0, 0.0], [0.0, -5e-4]], dtype=torch.float64)
     condition, rank, _, missing = spectrum(A, torch.eye(2, dtype=torch.float64), 0.5, 1e-3, False)
