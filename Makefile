@@ -1,5 +1,5 @@
 # make run: train mnist_resnet with five points.  make test: all tests.  TORCH=2.5.1 picks a torch, in its own environment.
-# make suite: all submissions on all workloads, two hours on 2 cores; it goes on where it stopped.  QUICK=1: ten minutes.
+# make suite: all submissions on all workloads, 70 minutes on 2 cores; it goes on where it stopped.  QUICK=1: ten minutes.
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin

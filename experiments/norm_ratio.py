@@ -1,7 +1,7 @@
 """Whether gradients meet the paper's condition: `python -m experiments.norm_ratio --output_dir=DIR`; five minutes.
 
 The paper's rate (arXiv 2601.07326) is that of SGD where ||G||_* = Theta(sqrt(min(m, n))) ||G||_F. Each laptop workload trains
-through `submission.py`, and every so manieth step the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix is taken, of the
+through `submission.py`, and every few steps the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix is taken, of the
 batch's gradient, which the optimizer sees, and of the gradient over the split eval_train, which is nearer to the paper's.
 
 DIR gets workloads.csv, layers.csv, a picture, and steps.csv with all diagnostics; DIR/WORKLOAD has them for TensorBoard.
@@ -43,7 +43,7 @@ RATIOS = {"nuclear_ratio": "batch", "split_ratio": "eval_train"}  # a column, an
 
 
 def watched(every: int, writer: SummaryWriter, rows: list[dict[str, Any]]) -> Any:
-    """`submission.py`, whose every so manieth step logs its diagnostics and adds them to the rows, one for each parameter."""
+    """`submission.py`, of which one step in `every` logs its diagnostics and adds them to the rows, one for each parameter."""
 
     def init_optimizer_state(workload: Any, model: nn.Module, *rest: Any) -> dict[str, Any]:
         """The submission's, with names for the parameters."""

@@ -2,7 +2,7 @@
 
 Nothing here was run on a GPU. Of version 0.5's published seconds to target T of Shampoo, n steps of s seconds each were
 training steps. If the optimizer's share of a step is f, and our step takes r times theirs, the same n steps would take
-T - n s f (1 - r) seconds. Printed for f = 5, 10, 20 % and r = 0.3 to 1, with the score that these times would have had in the
+T - n s f (1 - r) seconds. Printed for f = 0.05, 0.1, 0.2 and r = 0.3 to 1, with the score of these times in the
 group of eleven; and the score with Shampoo's fastest and slowest study in the place of the median: how much luck decides.
 """
 
