@@ -94,10 +94,10 @@ def shampoo(**options: Any) -> Callable[..., Optimizer]:
     )
 
 
-def peer(module: str, name: str, **options: Any) -> Callable[..., Optimizer]:
-    """An optimizer of another package."""
+def peer(module: str, name: str, size: str, **options: Any) -> Callable[..., Optimizer]:
+    """An optimizer of another package; `size` is what it calls the largest block."""
     return lambda params, frequency, block_size: getattr(import_module(module), name)(
-        params, lr=LR, precondition_frequency=frequency, **options
+        params, lr=LR, precondition_frequency=frequency, **{size: block_size}, **options
     )
 
 
@@ -107,8 +107,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "shampoo, qr": shampoo(solver="qr"),
     "shampoo, staggered": shampoo(stagger=True),
     "shampoo, small": shampoo(precondition_vectors=False, bf16_roots=True, block_size=512),
-    "pytorch_optimizer.SOAP": peer("pytorch_optimizer", "SOAP", max_precondition_dim=1024),
-    "heavyball.SOAP": peer("heavyball", "SOAP", max_precond_dim=1024, compile_step=False),
+    "pytorch_optimizer.SOAP": peer("pytorch_optimizer", "SOAP", "max_precondition_dim"),
+    "heavyball.SOAP": peer("heavyball", "SOAP", "max_precond_dim", compile_step=False),
 }
 
 
@@ -211,7 +211,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("workload", "ogbg", sorted(load_shapes()), "whose shapes")
     flags.DEFINE_multi_enum("optimizer", list(OPTIMIZERS), list(OPTIMIZERS), "which; those not installed are left out")
     flags.DEFINE_integer("frequency", 4, "steps between refreshes while measuring", lower_bound=2)
-    flags.DEFINE_integer("block_size", 1024, "the largest block", lower_bound=1)
+    flags.DEFINE_integer("block_size", 1024, "the largest block; 'shampoo, small' has 512", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "of `frequency` steps, of which medians are taken", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "of the CPU", lower_bound=1)
     flags.DEFINE_string("device", "cpu", "or cuda")

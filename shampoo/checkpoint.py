@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Load, fill, gather
-from .options import check_options, check_value, integer
+from .options import check_options, check_value, integer, parameter_names
 from .ranks import Ranks
 from .state import MATRICES, Bucket, allocate, make_buckets, moments, tensors
 
@@ -87,20 +87,18 @@ def pack(buckets: Sequence[Sequence[Bucket]], params: Sequence[Tensor]) -> dict[
     return state
 
 
-def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Tensor]]) -> None:
+def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Tensor]], names: dict[Tensor, str]) -> None:
     """Copy the saved state of each parameter into the buckets, keeping their dtypes.
 
     Raises ValueError, naming the parameter, where something is missing or has another shape.
     """
-    place = {p: i for i, p in enumerate(saved)}
 
     def find(p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter's saved tensor, checked."""
         x = saved[p].get(name)
         if not isinstance(x, Tensor) or x.shape != shape or not x.is_floating_point():
             found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else "nothing" if x is None else repr(x)
-            owner = f"parameter {place[p]} of shape {tuple(p.shape)}"
-            raise ValueError(f"the state of {owner} holds {found} for {name}; it must be real and have shape {shape}")
+            raise ValueError(f"the state of {names[p]} holds {found} for {name}; it must be real and have shape {shape}")
         return x
 
     for bucket in chain(*buckets):
@@ -125,7 +123,7 @@ def read(
         check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
     loads = [Load(0.0, 0)] * ranks.size
     buckets = [make_buckets(group, ranks.rank, loads) for group in found]
-    unpack(buckets, saved)
+    unpack(buckets, saved, parameter_names(found))
     return found, buckets, loads
 
 

@@ -21,7 +21,7 @@ from .options import (
     check_parameters,
     check_rank,
     describe,
-    parameter_name,
+    parameter_names,
     plain,
 )
 from .ranks import Exchange, agree, attempt, find_ranks, make_exchanges
@@ -251,7 +251,7 @@ class AdamWShampoo(Optimizer):
 
     def _names(self) -> dict[Tensor, str]:
         """What errors call the parameters."""
-        return {p: parameter_name(group, i) for group in self.param_groups for i, p in enumerate(group["params"])}
+        return parameter_names(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizers': options, and state per parameter; deepcopy it to keep it. `checkpoint` lists its keys.

@@ -103,7 +103,8 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
 
 def check_options(options: dict[str, Any]) -> None:
     """Raise ValueError, naming option, value and what is allowed, unless every option is there and in range, and
-    the count of steps, if it is there."""
+    the count of steps, if it is there.
+    """
     for name, rule in OPTIONS.items():
         if name not in options:
             raise ValueError(f"option {name} is missing; it must be {rule[1]}")
@@ -130,6 +131,11 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     """What errors call the i-th parameter of a group: its name where the group has names, and its place and shape."""
     names = group.get("param_names")
     return f"parameter {names[i] if names else i} of shape {tuple(group['params'][i].shape)}"
+
+
+def parameter_names(groups: Sequence[dict[str, Any]]) -> dict[torch.Tensor, str]:
+    """What errors call each parameter."""
+    return {p: parameter_name(group, i) for group in groups for i, p in enumerate(group["params"])}
 
 
 def describe(groups: Sequence[dict[str, Any]]) -> list[str]:

@@ -205,3 +205,13 @@ def test_the_state_of_another_optimizer_is_refused():
         optimizer.load_state_dict(others.state_dict())
     with pytest.raises(ValueError, match="betas is"):
         optimizer.load_state_dict({**SAVED, "param_groups": [{**g, "betas": [0.9]} for g in SAVED["param_groups"]]})
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch's optimizers take names from 2.6 on")
+def test_what_is_wrong_in_a_state_dict_is_named_as_the_parameter_is():
+    def make(rows):
+        layer = torch.nn.Linear(4, rows)
+        return AdamWShampoo(layer.named_parameters(), block_size=8)
+
+    with pytest.raises(ValueError, match=r"parameter weight of shape \(3, 4\)"):
+        make(3).load_state_dict(make(2).state_dict())
