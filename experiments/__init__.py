@@ -1,3 +1,3 @@
-"""One script for each table or figure: `python -m experiments.NAME`."""
+"""One script per table or figure: `python -m experiments.NAME`."""
 
-import runner  # noqa: F401  makes `from algoperf import spec` work
+import runner  # noqa: F401  so that `from algoperf import spec` works

@@ -1,8 +1,12 @@
-"""How evenly the blocks of AlgoPerf's models are shared out among ranks: `python -m experiments.balance --ranks=8`.
+"""Print how evenly the blocks of AlgoPerf's models are split among ranks: `python -m experiments.balance --ranks=8`.
 
-For each workload the largest cost of a rank over the mean cost: by this project's rule, the cost of a block and the dearest
-first; by the competition's rule, the bytes of a block, rounded up to 64, and the largest first; and the best that any rule can
-do with blocks that size. Costs are `shampoo.state.block_cost`'s, with the competition's options.
+Costs are `shampoo.state.block_cost` with the competition's options. For each workload:
+
+    max/mean cost   largest cost of a rank over the mean, when blocks are assigned by cost, most expensive first
+    by bytes        the same ratio under the competition's rule: by bytes rounded up to a multiple of 64, largest first
+    lower bound     the smallest ratio that any rule could reach with blocks of these sizes
+
+and the bytes that all ranks together exchange per step, per parameter.
 """
 
 import json
@@ -25,17 +29,17 @@ FLAGS = flags.FLAGS
 
 
 def load_shapes() -> dict[str, list[tuple[int, ...]]]:
-    """The shapes of all parameters of AlgoPerf's eight workloads (v0.6)."""
+    """Return the parameter shapes of AlgoPerf's eight workloads (v0.6), by workload name."""
     return {name: [tuple(shape) for _, _, shape in entries] for name, entries in json.loads(SHAPES.read_text()).items()}
 
 
 def blocks_of(bucket: Bucket) -> list[tuple[int, ...]]:
-    """The shape of each block of all ranks."""
+    """Return the shape of every block, over all ranks."""
     return [tuple(block) for layout in bucket.layouts for count, *block in layout.stacks for _ in range(count)]
 
 
 def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
-    """The row of the table for parameters of these shapes."""
+    """Return the table row for parameters of these shapes."""
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     group = AdamWShampoo(params, **OPTIONS).param_groups[0]
     loads = [Load(0.0, 0)] * ranks
@@ -66,5 +70,5 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("ranks", 8, "among how many", lower_bound=1)
+    flags.DEFINE_integer("ranks", 8, "number of ranks", lower_bound=1)
     app.run(main)

@@ -1,16 +1,18 @@
-"""The paper's rate, measured: `python -m experiments.convergence --output_dir=DIR`; five minutes, `--full` some hours.
+"""Measure the paper's convergence rate: `python -m experiments.convergence --output_dir=DIR`; five minutes, `--full` hours.
 
-Li, Dong & Lin (arXiv 2601.07326) bound the mean nuclear norm of the gradient, (1/K) sum_k E ||grad f(X_k)||_*, by
-O(sqrt(m + n) C / K^(1/4)) for X of m x n and 1/p + 1/q = 1/2, C^4 being of the order of sigma^2 L (f(X_1) - inf f). Here it is
-measured over horizons K, shapes, exponents and ten seeds, for `AdamWShampoo` with the paper's settings. As the theory has it,
+For X of shape (m, n) and 1/p + 1/q = 1/2, Li, Dong & Lin (arXiv 2601.07326) bound the mean nuclear norm of the gradient,
+(1/K) sum_k E ||grad f(X_k)||_*, by O(sqrt(m + n) C / K^(1/4)), where C^4 is of order sigma^2 L (f(X_1) - inf f). Measure this
+mean for `AdamWShampoo` with the paper's settings over horizons K, shapes, exponents, and ten seeds. As in the theory,
 
     1 - theta = 1 - beta = K^(-1/2),    eta = sqrt((f(X_1) - inf f) / (L K (m + n))),    lambda = 0;
 
-the powers of K and m + n are the theory's, the constants ours. epsilon = 1e-6 sigma^2 / (m n), a millionth of the variance of
-an entry's noise: far below the factors' eigenvalues, which noise keeps up, so that the method is Shampoo and not SGD, and
-above float32's rounding of the factors. Finished cells are read from DIR/norms.csv: the same command goes on where it stopped.
+the powers of K and m + n come from the theory, the constants do not. epsilon = 1e-6 sigma^2 / (m n) is a millionth of the
+noise variance of an entry: far below the eigenvalues of the factors, which the noise bounds from below, so that the method does
+not reduce to SGD, and above the float32 rounding error of the factors. Finished cells are read from DIR/norms.csv, so that the
+same command resumes an interrupted run.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +35,8 @@ FLAGS = flags.FLAGS
 
 SEEDS = 10
 DRAWS = 10_000
-CHUNK = 1024  # steps whose norms are computed at once
-LAST = 3  # horizons of the slope at the end
+CHUNK = 1024  # steps per batch of singular value decompositions
+LAST = 3  # number of horizons in the slope at the end
 METHODS: dict[str, tuple[float, float] | None] = {  # (1/p, 1/q)
     "1/4, 1/4": (0.25, 0.25),
     "1/2, 0": (0.5, 0.0),
@@ -44,30 +46,30 @@ METHODS: dict[str, tuple[float, float] | None] = {  # (1/p, 1/q)
     "SGD": None,
     "AdamW": None,
 }
-HALVES = ["1/4, 1/4", "1/2, 0"]
-SHAPES = {(8, 8): list(METHODS), (16, 4): HALVES, (4, 16): HALVES}
+SUM_HALF = ["1/4, 1/4", "1/2, 0"]
+SHAPES = {(8, 8): list(METHODS), (16, 4): SUM_HALF, (4, 16): SUM_HALF}
 WIDTHS, FIXED_HORIZON = [4, 8, 16, 32], 1024  # square matrices at one horizon
 CELL = ["problem", "m", "n", "method", "K"]
 
 
 def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """(S, m, n): independent entries, E ||.||_F^2 = 1."""
-    return torch.randn(SEEDS, m, n, generator=generator) / (m * n) ** 0.5
+    """Return noise of shape (S, m, n) with independent Gaussian entries and E ||.||_F^2 = 1."""
+    return torch.randn(SEEDS, m, n, generator=generator) / math.sqrt(m * n)
 
 
 def rank_one(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """(S, m, n): D u v^T with u, v standard normal, D diagonal from 1 down to 1/10, scaled so that E ||.||_F^2 = 1."""
+    """Return D u v^T of shape (S, m, n), u and v standard normal, D diagonal from 1 down to 1/10, scaled to E ||.||_F^2 = 1."""
     D = torch.logspace(0, -1, m)
     u, v = torch.randn(SEEDS, m, 1, generator=generator), torch.randn(SEEDS, 1, n, generator=generator)
-    return (D / (D.norm() * n**0.5)).unsqueeze(1) * u * v
+    return (D / (torch.linalg.vector_norm(D) * math.sqrt(n))).unsqueeze(1) * u * v
 
 
 class Problem(NamedTuple):
-    """f(X) = d^2 sum phi((A X - B) / d), d = 1 / sqrt(m n), over the entries of X (m, n); phi >= 0 is even, not convex.
+    """f(X) = d^2 sum phi((A X - B) / d) over the entries of X (m, n), with d = 1 / sqrt(m n) and phi >= 0 even and nonconvex.
 
-    A (m, m) is Gaussian, divided by its operator norm; B is d times standard normal. So f is L-smooth in the Frobenius norm
-    with L = max |phi''|, inf f = 0 (A is invertible), and f(0) is E phi(N(0, 1)) up to the draw, for all shapes. A gradient has
-    noise independent of X with sigma^2 = E ||noise||_F^2 = 1. C is then the same for all shapes.
+    A (m, m) is Gaussian, divided by its operator norm; B is d times standard normal. Hence f is L-smooth in the Frobenius norm
+    with L = max |phi''|, inf f = 0 since A is invertible, and f(0) equals E phi(N(0, 1)) up to sampling error for all shapes.
+    Gradient noise is independent of X with sigma^2 = E ||noise||_F^2 = 1, so that C is the same for all shapes.
     """
 
     phi: Callable[[Tensor], Tensor]
@@ -85,30 +87,30 @@ PROBLEMS = {
 
 
 def draw_data(m: int, n: int) -> tuple[Tensor, Tensor]:
-    """A (S, m, m) and B (S, m, n) of the seeds, the same for each method and horizon."""
+    """Return A (S, m, m) and B (S, m, n) for all seeds, the same for every method and horizon."""
     generator = torch.Generator().manual_seed(1000 * m + n)
     A, B = (torch.randn(SEEDS, m, k, generator=generator) for k in (m, n))
     return A / torch.linalg.matrix_norm(A, 2, keepdim=True), B / (m * n) ** 0.5
 
 
 def loss(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
-    """f(X) of each seed: (S,)."""
+    """Return f(X) for each seed, shape (S,)."""
     d2 = 1 / B[0].numel()
     return d2 * problem.phi((A @ X - B) / d2**0.5).sum(dim=(1, 2))
 
 
 def gradient(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
-    """grad f(X) = d A^T phi'((A X - B) / d) of each seed: (S, m, n)."""
-    d = B[0].numel() ** -0.5
+    """Return grad f(X) = d A^T phi'((A X - B) / d) for each seed, shape (S, m, n)."""
+    d = 1 / math.sqrt(B[0].numel())
     return d * A.mT @ problem.slope((A @ X - B) / d)
 
 
 def make_optimizer(method: str, X: list[torch.nn.Parameter], K: int, L: float, gap: float) -> torch.optim.Optimizer:
-    """The optimizer for horizon K; L is the smoothness, gap = f(X_1) - inf f, sigma = 1.
+    """Return the optimizer for horizon K, smoothness L, gap = f(X_1) - inf f, and sigma = 1.
 
-    With exponents of another sum than 1/2 a direction scales as factors to the power 1/2 - 1/p - 1/q; they are about
-    sigma^2 / sqrt(m n), and eta makes up for it. SGD has eta = min(1/L, sqrt(2 gap / (L K))); AdamW's has m n, the dimension in
-    the bound of its own paper (arXiv 2505.11840), in the place of m + n.
+    If the exponents do not sum to 1/2, a direction scales like the factors to the power 1/2 - 1/p - 1/q; the factors are about
+    sigma^2 / sqrt(m n), and eta compensates for that. SGD uses eta = min(1/L, sqrt(2 gap / (L K))). AdamW uses m n, the
+    dimension in the bound of its own paper (arXiv 2505.11840), instead of m + n.
     """
     m, n = X[0].shape
     step, decay, eps = (gap / (L * K)) ** 0.5, 1 - K**-0.5, 1e-6 / (m * n)
@@ -133,34 +135,34 @@ def make_optimizer(method: str, X: list[torch.nn.Parameter], K: int, L: float, g
 
 
 def mean_norms(problem: Problem, m: int, n: int, method: str, K: int) -> pd.DataFrame:
-    """A row for each seed: the means over X_1 ... X_K, X_1 = 0, of the true gradient's nuclear and Frobenius norm, and the
-    nuclear norm at X_1. The seeds are blocks of one stack.
+    """Return one row per seed: the nuclear and Frobenius norms of the noise-free gradient, averaged over X_1 = 0, ..., X_K, and
+    the nuclear norm at X_1. All seeds are blocks of one stack, so that they train together.
     """
     A, B = draw_data(m, n)
     weights, noisy = torch.zeros(SEEDS, m, n), torch.zeros(SEEDS, m, n)
-    X = [torch.nn.Parameter(x) for x in weights]  # views: the optimizer moves `weights`
+    X = [torch.nn.Parameter(x) for x in weights]  # views: the optimizer updates `weights`
     for x, G in zip(X, noisy, strict=True):
         x.grad = G
     optimizer = make_optimizer(method, X, K, problem.smoothness, loss(problem, A, B, weights).mean().item())
     generator = torch.Generator().manual_seed(K)
-    values = []  # singular values
+    chunks = []
     for first in range(0, K, CHUNK):
         gradients = torch.empty(min(CHUNK, K - first), SEEDS, m, n)
         for G in gradients:
             G.copy_(gradient(problem, A, B, weights))
             torch.add(G, problem.noise(m, n, generator), out=noisy)
             optimizer.step()
-        values.append(torch.linalg.svdvals(gradients))
-    singular = torch.cat(values)
-    nuclear, frobenius = singular.sum(dim=2), torch.linalg.vector_norm(singular, dim=2)
+        chunks.append(torch.linalg.svdvals(gradients))
+    singular_values = torch.cat(chunks)
+    nuclear, frobenius = singular_values.sum(dim=2), torch.linalg.vector_norm(singular_values, dim=2)
     columns = {"nuclear": nuclear.mean(dim=0), "frobenius": frobenius.mean(dim=0), "first": nuclear[0]}
     return pd.DataFrame({"seed": range(SEEDS), **{name: x.double().numpy() for name, x in columns.items()}})
 
 
 def cells(horizons: list[int]) -> Iterator[tuple[str, int, int, str, int]]:
-    """Problem, m, n, method and K of all that is measured, each once, short horizons first."""
+    """Yield problem, m, n, method, and K of every cell once, in order of increasing K."""
     wanted = [(m, n, method, K) for K in horizons for (m, n), methods in SHAPES.items() for method in methods]
-    wanted += [(width, width, method, FIXED_HORIZON) for width in WIDTHS for method in [*HALVES, "SGD"]]
+    wanted += [(width, width, method, FIXED_HORIZON) for width in WIDTHS for method in [*SUM_HALF, "SGD"]]
     for m, n, method, K in sorted(dict.fromkeys(wanted), key=lambda cell: cell[3]):
         for name in PROBLEMS:
             yield name, m, n, method, K
@@ -171,40 +173,40 @@ def measure(
     path: Path,
     run: Callable[..., pd.DataFrame] = lambda name, *cell: mean_norms(PROBLEMS[name], *cell),
 ) -> pd.DataFrame:
-    """The rows of all cells: those in the CSV, and the others, computed and added to it cell by cell."""
+    """Return the rows of all cells. Cells missing from the CSV at `path` are computed and added to it one by one."""
     table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=CELL)
     finished = set(table[CELL].itertuples(index=False, name=None))
     for cell in tqdm([cell for cell in wanted if cell not in finished], unit="cell", smoothing=0, dynamic_ncols=True):
         rows = run(*cell)
-        for place, (column, value) in enumerate(zip(CELL, cell, strict=True)):
-            rows.insert(place, column, value)
+        for i, (column, value) in enumerate(zip(CELL, cell, strict=True)):
+            rows.insert(i, column, value)
         table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-        partial = path.with_suffix(".tmp")  # so that no cell is there by half
+        partial = path.with_suffix(".tmp")  # so that an interruption leaves no incomplete cell
         table.to_csv(partial, index=False, float_format="%.7g")
         partial.replace(path)
     return table
 
 
 def fit_slope(values: np.ndarray, x: np.ndarray) -> tuple[float, float, float]:
-    """Slope of log(mean of values over seeds) over log x by least squares, and its 95 % interval; values (seeds, points).
+    """Return the least-squares slope of log(mean of values over seeds) against log x, and its 95 % confidence interval.
 
-    The interval holds the middle 95 % of slopes for seeds drawn again, with replacement, alike for all points. With ten seeds
-    such an interval is a little short: it covers the truth in about nine of ten cases.
+    values has shape (seeds, points). The interval is a percentile bootstrap over seeds, with the same resampled seeds at all
+    points. With ten seeds it is slightly too short: its coverage is about 90 %.
     """
-    centred = np.log(x) - np.log(x).mean()
-    weights = centred / (centred**2).sum()
+    centered = np.log(x) - np.log(x).mean()
+    weights = centered / (centered**2).sum()
     drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
     low, high = np.percentile(np.log(values[drawn].mean(axis=1)) @ weights, [2.5, 97.5])
     return float(np.log(values.mean(axis=0)) @ weights), float(low), float(high)
 
 
-def words(fit: tuple[float, float, float]) -> str:
-    """A slope and its interval."""
+def format_fit(fit: tuple[float, float, float]) -> str:
+    """Format a slope and its interval."""
     return "{:.3f} ({:.3f} to {:.3f})".format(*fit)
 
 
-def slopes(norms: pd.DataFrame) -> pd.DataFrame:
-    """A row for each problem, shape and method: slopes over all horizons and the last ones, and the norm at the last one."""
+def slope_table(norms: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per problem, shape, and method: slopes over all and over the last horizons, and the norm at the last."""
     rows = []
     for name in PROBLEMS:
         for (m, n), methods in SHAPES.items():
@@ -219,9 +221,9 @@ def slopes(norms: pd.DataFrame) -> pd.DataFrame:
                         "problem": name,
                         "m, n": f"{m}, {n}",
                         "1/p, 1/q": method,
-                        "slope": words(fit_slope(values, K)),
-                        f"slope, last {LAST}": words(fit_slope(values[:, -LAST:], K[-LAST:])),
-                        "Frobenius, all": words(fit_slope(wide["frobenius"].to_numpy(), K)),
+                        "slope": format_fit(fit_slope(values, K)),
+                        f"slope, last {LAST}": format_fit(fit_slope(values[:, -LAST:], K[-LAST:])),
+                        "Frobenius, all": format_fit(fit_slope(wide["frobenius"].to_numpy(), K)),
                         f"mean at K = {K[-1]:.0f}": f"{values[:, -1].mean():.3f}",
                         "over that at X_1": f"{(values[:, -1].mean() / wide['first'].to_numpy()[:, -1].mean()):.3f}",
                     }
@@ -229,8 +231,8 @@ def slopes(norms: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sizes(norms: pd.DataFrame) -> pd.DataFrame:
-    """A row for each problem and method: the exponent of m + n at one horizon, over square shapes, and the norms."""
+def size_table(norms: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per problem and method: the exponent of m + n over square shapes at one horizon, and the norms."""
     square = norms[(norms["m"] == norms["n"]) & (norms["K"] == FIXED_HORIZON)]
     rows = []
     for (name, method), chosen in square.groupby(["problem", "method"], sort=False):
@@ -238,13 +240,13 @@ def sizes(norms: pd.DataFrame) -> pd.DataFrame:
         if list(wide.columns) != WIDTHS:
             continue
         means = {f"{width} x {width}": f"{value:.3f}" for width, value in wide.mean().items()}
-        fit = words(fit_slope(wide.to_numpy(), 2 * wide.columns.to_numpy(dtype=float)))
+        fit = format_fit(fit_slope(wide.to_numpy(), 2 * wide.columns.to_numpy(dtype=float)))
         rows.append({"problem": name, "1/p, 1/q": method, "exponent of m + n": fit, **means})
     return pd.DataFrame(rows)
 
 
 def draw(norms: pd.DataFrame, path: Path) -> None:
-    """Mean nuclear norm over K for the first shape, a panel for each problem, with a line of slope -1/4."""
+    """Plot the mean nuclear norm against K for the first shape, one panel per problem, with a line of slope -1/4."""
     m, n = next(iter(SHAPES))
     figure, panels = plt.subplots(1, len(PROBLEMS), sharey=True, figsize=(6 * len(PROBLEMS), 4.6), layout="constrained")
     for axes, name in zip(panels, PROBLEMS, strict=True):
@@ -267,7 +269,7 @@ def draw(norms: pd.DataFrame, path: Path) -> None:
 
 
 def main(_: Any) -> None:
-    """Measure what has not been measured, and write the page."""
+    """Measure the missing cells, then write the tables, the figure, and the page."""
     torch.set_num_threads(1)
     output = Path(FLAGS.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -275,24 +277,26 @@ def main(_: Any) -> None:
     wanted = list(cells(horizons))
     norms = measure(wanted, output / "norms.csv")
     norms = norms[norms["K"].isin(horizons)]
-    tables = {"slopes": slopes(norms), "sizes": sizes(norms)}
+    tables = {"slopes": slope_table(norms), "sizes": size_table(norms)}
     for name, table in tables.items():
         table.to_csv(output / f"{name}.csv", index=False)
         print(table.to_string(), "\n")
     draw(norms, output / "convergence.png")
     page = [
-        "# Mean nuclear norm of the gradient over the horizon",
-        f"\nK = {horizons[0]} ... {horizons[-1]}, {SEEDS} seeds; slopes of log(mean nuclear norm) over log K, and of the mean "
-        "Frobenius norm; in brackets 95 % intervals, of seeds drawn again.\n",
+        "# Mean nuclear norm of the gradient against the horizon",
+        f"\nK = {horizons[0]} ... {horizons[-1]}, {SEEDS} seeds. Slopes are those of log(mean nuclear norm) against log K, or, "
+        'in the column "Frobenius, all", of log(mean Frobenius norm). Parentheses give 95 % bootstrap intervals over seeds.\n',
         tables["slopes"].to_markdown(index=False, disable_numparse=True),
         f"\nSquare shapes at K = {FIXED_HORIZON}:\n",
         tables["sizes"].to_markdown(index=False, disable_numparse=True),
-        "\n![mean nuclear norm over the horizon](convergence.png)\n",
+        "\n![mean nuclear norm against the horizon](convergence.png)\n",
     ]
     (output / "README.md").write_text("\n".join(page))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_boolean("full", False, "horizons to 65,536 in place of 4,096")
-    flags.DEFINE_string("output_dir", None, "where results are kept, and from where it goes on", required=True)
+    flags.DEFINE_boolean("full", False, "extend the horizons from 4,096 to 65,536")
+    flags.DEFINE_string(
+        "output_dir", None, "folder for results; existing results are kept and only missing cells run", required=True
+    )
     app.run(main)

@@ -1,11 +1,11 @@
-"""Exponents other than 1/4 from both sides: `python -m experiments.exponents --experiment_dir=DIR`; a run takes about a minute.
+"""Compare exponents other than (1/4, 1/4): `python -m experiments.exponents --experiment_dir=DIR`; about a minute per run.
 
-The first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R, once with Adam's grafting and once
-without grafting, as trials of `runner.suite`. With grafting the learning rate is the workload's in `variants.LEARNING_RATES`.
-Without, the length of a step depends on the exponents. So each variant gets a ladder of four rates on the first seed: the
-first makes the step as long as Adam's (`matched_rate`), the others are 1/9, 1/3 and 3 times that. Other seeds run at the
-best of the four. Roots are then fresh at every step, for nothing else bounds a step. The same command goes on where it
-stopped, and ends with a table of all that DIR holds, also in DIR/exponents.csv and .md.
+Train at the first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R, with Adam grafting and
+without grafting, as trials of `runner.suite`. With grafting, the learning rate is `variants.LEARNING_RATES[workload]`. Without,
+the step length depends on the exponents, so each variant runs at four learning rates on the first seed: one that matches the
+step length of Adam (`matched_rate`), and 1/9, 1/3, and 3 times that. The remaining seeds use the best of the four. Roots are
+then recomputed at every step, since nothing else bounds a step. The same command resumes an interrupted run. At the end, print
+a table of all trials in DIR and write it to DIR/exponents.md, and the trials to DIR/exponents.csv.
 """
 
 import json
@@ -38,18 +38,18 @@ PROBE_STEPS = 30
 
 
 def variant(grafting: str, exponents: tuple[float, float], **others: Any) -> dict[str, Any]:
-    """A point of the search space. Without grafting roots are fresh at each step, for nothing bounds a step with old ones."""
+    """Return a point of the search space. Without grafting, refresh roots at every step: old roots do not bound a step."""
     point = {**json.loads(SPACE.read_text())[0], "grafting": grafting, "exponents": list(exponents)}
     return point | ({"precondition_frequency": 1} if grafting == "none" else {}) | others
 
 
-def name_of(point: dict[str, Any]) -> str:
-    """The name of a variant's folder: its grafting and exponents."""
+def variant_name(point: dict[str, Any]) -> str:
+    """Return the folder name of a variant: its grafting and exponents, as in "adam_0.25_0.25"."""
     return "_".join([point["grafting"], *map(str, point["exponents"])])
 
 
 def record_gradients(workload_name: str, folder: Path) -> list[list[Tensor]]:
-    """The gradients of the first steps with Adam's grafting, powers 1/4 and the workload's learning rate."""
+    """Return the gradients of the first PROBE_STEPS steps with Adam grafting, powers 1/4, and the workload's learning rate."""
     path = folder / "probe.json"
     path.write_text(json.dumps([variant("adam", (0.25, 0.25), learning_rate=LEARNING_RATES[workload_name])]))
     point, workload = read_points(path, 1, 0)[0], load_workload(workload_name)
@@ -65,8 +65,9 @@ def record_gradients(workload_name: str, folder: Path) -> list[list[Tensor]]:
 
 
 def step_length(point: dict[str, Any], gradients: list[list[Tensor]]) -> float:
-    """||P||_F over all weights, P being the direction of a step without decay: the mean over the last
-    `precondition_frequency` of these gradients, for P grows as roots become old.
+    """Return ||P||_F over all weights, where P is the direction of a step without weight decay.
+
+    The norm is averaged over the last `precondition_frequency` gradients, since P grows with the age of the roots.
     """
     weights = [torch.nn.Parameter(torch.zeros_like(G)) for G in gradients[0]]
     optimizer = AdamWShampoo(weights, **{**optimizer_options(point), "lr": 1.0, "weight_decay": 0.0})
@@ -81,15 +82,17 @@ def step_length(point: dict[str, Any], gradients: list[list[Tensor]]) -> float:
 
 
 def matched_rate(workload: str, exponents: tuple[float, float], gradients: list[list[Tensor]]) -> float:
-    """The learning rate without grafting at which the step after these gradients is as long as the grafted one."""
+    """Return the learning rate at which the step after these gradients is as long without grafting as with it."""
     grafted, bare = (step_length(variant(name, exponents), gradients) for name in ("adam", "none"))
     return float(f"{LEARNING_RATES[workload] * grafted / bare:.2g}")
 
 
 def write_ladders(folder: Path, workload: str) -> dict[str, Path]:
-    """A search space for each variant: one learning rate with grafting, the ladder without. Those that exist stay."""
+    """Write a search space per variant, with one learning rate if grafted, else the ladder. Existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name_of(variant(g, e)): folder / f"{name_of(variant(g, e))}.json" for e in EXPONENTS for g in ("adam", "none")}
+    paths = {
+        variant_name(variant(g, e)): folder / f"{variant_name(variant(g, e))}.json" for e in EXPONENTS for g in ("adam", "none")
+    }
     if all(path.exists() for path in paths.values()):
         return paths
     gradients = record_gradients(workload, folder)
@@ -97,13 +100,13 @@ def write_ladders(folder: Path, workload: str) -> dict[str, Path]:
         rate = matched_rate(workload, exponents, gradients)
         for grafting, rates in (("adam", [LEARNING_RATES[workload]]), ("none", [rate * factor for factor in LADDER])):
             points = [variant(grafting, exponents, learning_rate=float(f"{r:.2g}")) for r in rates]
-            if not (path := paths[name_of(points[0])]).exists():
+            if not (path := paths[variant_name(points[0])]).exists():
                 path.write_text(json.dumps(points))
     return paths
 
 
 def run_suite(folder: Path, workload: str, spaces: dict[str, Path], trials: int, seeds: range) -> pd.DataFrame:
-    """Run what has not been run of these variants, and read all of it."""
+    """Run the missing trials of these variants and return all trials."""
     entries = ",".join(f"{name}={ROOT / 'submission.py'}:{path}" for name, path in spaces.items())
     suite = [sys.executable, "-m", "runner.suite", f"--submissions={entries}", f"--workloads={workload}"]
     suite += [f"--num_tuning_trials={trials}", f"--num_studies={len(seeds)}", f"--rng_seed={seeds[0] - 1}"]
@@ -112,7 +115,7 @@ def run_suite(folder: Path, workload: str, spaces: dict[str, Path], trials: int,
 
 
 def run(root: Path, workload: str, grafting: str, seeds: int) -> None:
-    """All trials of a workload: the first seed's, a ladder where there is no grafting, and the others at the best rate."""
+    """Run a workload: the first seed at every learning rate of each variant, the other seeds at the best one."""
     spaces = write_ladders(root / "spaces" / workload, workload)
     chosen = {name: path for name, path in spaces.items() if name.startswith(grafting)}
     points = len(LADDER) if grafting == "none" else 1
@@ -125,7 +128,7 @@ def run(root: Path, workload: str, grafting: str, seeds: int) -> None:
 
 
 def read_all(root: Path) -> pd.DataFrame:
-    """All trials below root that were evaluated, with their seeds: folders end in that of their first study."""
+    """Return all evaluated trials below `root` with their seeds. A folder name ends in the seed of its first study."""
     parts = []
     for folder in sorted(root.glob("*/*_[12]")):
         trials = read_suite(folder)
@@ -134,8 +137,8 @@ def read_all(root: Path) -> pd.DataFrame:
 
 
 def tabulate(trials: pd.DataFrame) -> pd.DataFrame:
-    """A row for each workload, grafting and exponents: steps to the target at each rate of the first seed, then of each other
-    seed at the best rate. A dash is a miss, and then the best metric follows.
+    """Return one row per workload, grafting, and exponents: steps to target for the first seed at each learning rate, and for
+    each other seed at the best one. A dash marks a missed target and is followed by the best metric.
     """
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for trial in trials.itertuples():
@@ -152,7 +155,7 @@ def tabulate(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(_: Any) -> None:
-    """Run what has not been run, and print the table."""
+    """Run the missing trials, then write and print the tables."""
     root = Path(FLAGS.experiment_dir).resolve()
     for workload in FLAGS.workload:
         for grafting in FLAGS.grafting:
@@ -167,10 +170,12 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_enum("workload", ["solubility_gnn", "mnist_vit"], list(LEARNING_RATES), "on which ones")
+    flags.DEFINE_multi_enum("workload", ["solubility_gnn", "mnist_vit"], list(LEARNING_RATES), "workloads to train")
     flags.DEFINE_multi_enum(
-        "grafting", ["adam", "none"], ["adam", "none"], "which; without grafting runs take three times as long"
+        "grafting", ["adam", "none"], ["adam", "none"], "grafting methods; runs without grafting take three times as long"
     )
-    flags.DEFINE_integer("num_seeds", 2, "seeds; the first chooses the learning rate", lower_bound=1)
-    flags.DEFINE_string("experiment_dir", None, "where trials are kept", required=True)
+    flags.DEFINE_integer("num_seeds", 2, "number of seeds; the first one selects the learning rate", lower_bound=1)
+    flags.DEFINE_string(
+        "experiment_dir", None, "folder for trials; existing trials are kept and only missing ones run", required=True
+    )
     app.run(main)

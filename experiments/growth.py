@@ -1,7 +1,8 @@
-"""How step time and memory grow: `python -m experiments.growth --output_dir=DIR`; twenty minutes.
+"""Measure how step time and memory grow with model size: `python -m experiments.growth --output_dir=DIR`; twenty minutes.
 
-Eight square layers and their biases, of 1e5 to 1e8 parameters together, and blocks of 128 to 2048. A table, a picture, and for
-each case how many ordinary steps a refresh of all roots costs: at that frequency refreshes cost as much as all else.
+The model is eight square layers with biases, 1e5 to 1e8 parameters in total; block sizes are 128 to 2048. Write a table and a
+figure. The column "refresh / ordinary" is the extra time of a step that refreshes all roots, in ordinary steps: with that many
+steps between refreshes, refreshes take as much time as everything else.
 """
 
 from pathlib import Path
@@ -23,19 +24,19 @@ LAYERS = 8
 
 
 def shapes(numel: float) -> list[tuple[int, ...]]:
-    """Eight square matrices of about this many numbers together, and a vector for each."""
+    """Return the shapes of eight square matrices of about `numel` elements in total, each with a bias vector."""
     width = round((numel / LAYERS) ** 0.5)
     return [(width, width), (width,)] * LAYERS
 
 
 def grow(numels: list[float], block_sizes: list[int], frequency: int, rounds: int) -> pd.DataFrame:
-    """A row for each size of the model and of blocks."""
+    """Return one row per model size and block size."""
     rows = []
     for numel in numels:
-        widest = round((numel / LAYERS) ** 0.5)
+        width = round((numel / LAYERS) ** 0.5)
         for block_size in block_sizes:
-            if block_size > block_sizes[0] and block_size >= 2 * widest:
-                continue  # as the size before
+            if block_size > block_sizes[0] and block_size >= 2 * width:
+                continue  # same blocks as with the previous size
             table = measure(["shampoo"], shapes(numel), frequency, block_size, rounds, torch.device("cpu"))
             found = table.loc["shampoo", ["ordinary", "refresh", "products", "state", "peak"]]
             rows.append({"parameters": numel, "block_size": block_size, **found})
@@ -46,7 +47,7 @@ def grow(numels: list[float], block_sizes: list[int], frequency: int, rounds: in
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Step times over parameters, a line for each block size, and what is kept over block size, a line for each model."""
+    """Plot step times against parameters, one line per block size, and state against block size, one line per model."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axes, column, title in (
         (left, "ordinary", "an ordinary step"),
@@ -67,7 +68,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def main(_: Any) -> None:
-    """Measure, print and draw."""
+    """Measure, plot and print."""
     torch.set_num_threads(FLAGS.threads)
     output = Path(FLAGS.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -78,10 +79,10 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("parameters", ["1e5", "1e6", "1e7", "1e8"], "sizes of the model")
-    flags.DEFINE_list("block_sizes", ["128", "256", "512", "1024", "2048"], "sizes of blocks, ascending")
-    flags.DEFINE_integer("frequency", 3, "steps between refreshes while measuring", lower_bound=2)
-    flags.DEFINE_integer("rounds", 1, "of `frequency` steps", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "of the CPU", lower_bound=1)
-    flags.DEFINE_string("output_dir", None, "where table and picture go", required=True)
+    flags.DEFINE_list("parameters", ["1e5", "1e6", "1e7", "1e8"], "numbers of parameters of the model")
+    flags.DEFINE_list("block_sizes", ["128", "256", "512", "1024", "2048"], "block sizes, ascending")
+    flags.DEFINE_integer("frequency", 3, "precondition_frequency while measuring", lower_bound=2)
+    flags.DEFINE_integer("rounds", 1, "measured rounds of `frequency` steps", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
+    flags.DEFINE_string("output_dir", None, "folder for the table and the figure", required=True)
     app.run(main)

@@ -1,4 +1,4 @@
-"""SGD with heavy-ball momentum, in AlgoPerf's API: one of the three methods that targets are set with."""
+"""SGD with heavy-ball momentum as an AlgoPerf submission: one of the three methods used by `experiments.targets`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """The optimizer and its schedule."""
+    """Return the optimizer and its schedule."""
     h = hyperparameters
     optimizer = torch.optim.SGD(model_params.parameters(), h.learning_rate, momentum=0.9, weight_decay=h.weight_decay)
     return with_schedule(optimizer, workload, hyperparameters)

@@ -1,10 +1,11 @@
-"""Whether gradients meet the paper's condition: `python -m experiments.norm_ratio --output_dir=DIR`; five minutes.
+"""Measure whether gradients satisfy the paper's condition: `python -m experiments.norm_ratio --output_dir=DIR`; five minutes.
 
-The paper's rate (arXiv 2601.07326) is that of SGD where ||G||_* = Theta(sqrt(min(m, n))) ||G||_F. Each laptop workload trains
-through `submission.py`, and every few steps the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix is taken, of the
-batch's gradient, which the optimizer sees, and of the gradient over the split eval_train, which is nearer to the paper's.
+The paper's rate (arXiv 2601.07326) matches that of SGD if ||G||_* = Theta(sqrt(min(m, n))) ||G||_F. Train each laptop workload
+with `submission.py` and compute the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) of each matrix every few steps, both for the
+batch gradient that the optimizer sees and for the gradient over the split eval_train, which is closer to the paper's.
 
-DIR gets workloads.csv, layers.csv, a picture, and steps.csv with all diagnostics; DIR/WORKLOAD has them for TensorBoard.
+Write workloads.csv, layers.csv, norm_ratio.png, and steps.csv with all diagnostics to DIR, and TensorBoard events to
+DIR/WORKLOAD/diagnostics.
 """
 
 import collections
@@ -39,36 +40,37 @@ from matplotlib import pyplot as plt
 
 FLAGS = flags.FLAGS
 
-RATIOS = {"nuclear_ratio": "batch", "split_ratio": "eval_train"}  # a column, and whose gradient it is
+RATIOS = {"nuclear_ratio": "batch", "split_ratio": "eval_train"}  # column: source of the gradient
 
 
-def watched(every: int, writer: SummaryWriter, rows: list[dict[str, Any]]) -> Any:
-    """`submission.py`, of which one step in `every` logs its diagnostics and adds them to the rows, one for each parameter."""
+def with_diagnostics(every: int, writer: SummaryWriter, rows: list[dict[str, Any]]) -> Any:
+    """Return `submission.py` with diagnostics: every `every` steps, log them and append one row per parameter to `rows`."""
 
     def init_optimizer_state(workload: Any, model: nn.Module, *rest: Any) -> dict[str, Any]:
-        """The submission's, with names for the parameters."""
-        state = submission.init_optimizer_state(workload, model, *rest)
+        """Return the submission's optimizer state, with parameter names added."""
+        state: dict[str, Any] = submission.init_optimizer_state(workload, model, *rest)
         state["optimizer"].param_groups[0]["param_names"] = [name for name, _ in model.named_parameters()]
         return state
 
     def update_params(**arguments: Any) -> Any:
-        """The submission's step."""
+        """Take the submission's step, with diagnostics if it is due."""
         optimizer, step = arguments["optimizer_state"]["optimizer"], arguments["global_step"] + 1
         if step % every:
             return submission.update_params(**arguments)
         before = weights(optimizer)
         result = submission.update_params(**arguments)
         found = log_diagnostics(optimizer, writer, step, before)
-        more = of_matrices(arguments["workload"], arguments["current_param_container"], optimizer)
-        rows.extend({"step": step, "parameter": name, **found[name], **more.get(name, {})} for name in found)
+        ratios = split_ratios(arguments["workload"], arguments["current_param_container"], optimizer)
+        rows.extend({"step": step, "parameter": name, **found[name], **ratios.get(name, {})} for name in found)
         return result
 
     return SimpleNamespace(**{**vars(submission), "init_optimizer_state": init_optimizer_state, "update_params": update_params})
 
 
-def of_matrices(workload: LaptopWorkload, model: nn.Module, optimizer: AdamWShampoo) -> dict[str, dict[str, float]]:
-    """For each parameter that the optimizer takes as a matrix m, n, and the ratio of its gradient over eval_train, which takes
-    the place of the gradient.
+def split_ratios(workload: LaptopWorkload, model: nn.Module, optimizer: AdamWShampoo) -> dict[str, dict[str, float]]:
+    """Return m, n, and the norm ratio of the gradient over eval_train for each parameter that the optimizer treats as a matrix.
+
+    Overwrites the gradients of the model.
     """
     model.zero_grad()
     for batch in workload._build_input_queue([0, 0], "eval_train", "", workload.default_batch_size):
@@ -84,8 +86,9 @@ def of_matrices(workload: LaptopWorkload, model: nn.Module, optimizer: AdamWSham
 
 
 def train(name: str, learning_rate: float, steps: int, every: int, folder: Path) -> pd.DataFrame:
-    """The rows of `watched`, of training at the first point of the search space with this learning rate; the schedule is that
-    of the workload's whole length. Raises FileExistsError if there is the folder.
+    """Train at the first point of the search space with this learning rate and return the rows of `with_diagnostics`.
+
+    The learning-rate schedule is that of the workload's full length. Raises FileExistsError if the folder exists.
     """
     folder.mkdir(parents=True)
     workload, rows = load_workload(name), list[dict[str, Any]]()
@@ -100,21 +103,21 @@ def train(name: str, learning_rate: float, steps: int, every: int, folder: Path)
         torch_compile=False,
         flags={},
     )
-    with SummaryWriter(str(folder / "diagnostics")) as writer, tqdm(total=steps, desc=folder.name, disable=None) as line:
+    with SummaryWriter(str(folder / "diagnostics")) as writer, tqdm(total=steps, desc=folder.name, disable=None) as bar:
         run_trial(
             workload,
-            watched(every, writer, rows),
+            with_diagnostics(every, writer, rows),
             collections.namedtuple("Hyperparameters", point)(**point),
             rng_seed=1,
             folder=folder,
             settings=settings,
-            progress=lambda step, *_: line.update(step - line.n) and None,
+            progress=lambda step, *_: bar.update(step - bar.n) and None,
         )
     return pd.DataFrame(rows)
 
 
 def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each matrix of each workload the ratio's median and range over steps, and the least that it can be."""
+    """Return the median and range over steps of the ratio of each matrix, and the least possible ratio 1 / sqrt(min(m, n))."""
     found = rows.dropna(subset="m").astype({"m": int, "n": int}).groupby(["workload", "parameter", "m", "n"], sort=False)
     table = found[list(RATIOS)].agg(["median", "min", "max"])
     table.columns = [f"{RATIOS[column]} {statistic}" for column, statistic in table.columns]
@@ -124,48 +127,48 @@ def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def workload_table(layers: pd.DataFrame) -> pd.DataFrame:
-    """For each workload, and all, how many matrices there are, and median, smallest and largest of their medians."""
+    """Return, per workload and for all of them, the number of matrices, the median and range of their medians, and slopes."""
     groups = [*layers.groupby("workload", sort=False), ("all", layers)]
     found = {
-        workload: {"matrices": len(of)}
-        | {f"{whose} {s}": of[f"{whose} median"].agg(s) for whose in RATIOS.values() for s in ("median", "min", "max")}
-        | {"slope, batch": slope(of, "batch"), "slope, eval_train": slope(of, "eval_train")}
-        for workload, of in groups
+        workload: {"matrices": len(table)}
+        | {f"{source} {s}": table[f"{source} median"].agg(s) for source in RATIOS.values() for s in ("median", "min", "max")}
+        | {"slope, batch": slope(table, "batch"), "slope, eval_train": slope(table, "eval_train")}
+        for workload, table in groups
     }
     return pd.DataFrame.from_dict(found, orient="index").rename_axis("workload").reset_index()
 
 
-def slope(layers: pd.DataFrame, whose: str) -> float:
-    """Of log ratio over log min(m, n), least squares: 0 where the condition holds, -1/2 for gradients of a fixed rank."""
+def slope(layers: pd.DataFrame, source: str) -> float:
+    """Return the least-squares slope of log ratio against log min(m, n): 0 if the condition holds, -1/2 at a fixed rank."""
     sizes = np.log(layers[["m", "n"]].min(axis=1))
-    return float(np.polyfit(sizes, np.log(layers[f"{whose} median"]), 1)[0]) if sizes.nunique() > 1 else float("nan")
+    return float(np.polyfit(sizes, np.log(layers[f"{source} median"]), 1)[0]) if sizes.nunique() > 1 else float("nan")
 
 
 def draw_range(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
-    """Draw the median over parameters at each step, and shade from the smallest to the largest."""
+    """Plot the median over parameters at each step, and shade the range."""
     values = rows.replace([np.inf, -np.inf], np.nan).groupby("step")[column].agg(["median", "min", "max"])
     (line,) = axes.plot(values.index, values["median"], **style)
     axes.fill_between(values.index, values["min"], values["max"], color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
-    """A panel for each workload, the ratio over steps, and one with all layers over min(m, n)."""
+    """Plot the ratio against steps, one panel per workload, and the medians of all matrices against min(m, n)."""
     names = list(rows["workload"].unique())
-    lines = -(-(len(names) + 1) // 3)
-    figure, panels = plt.subplots(lines, 3, figsize=(13, 3.4 * lines), layout="constrained", squeeze=False)
+    height = -(-(len(names) + 1) // 3)
+    figure, panels = plt.subplots(height, 3, figsize=(13, 3.4 * height), layout="constrained", squeeze=False)
     for axes in panels.flat[len(names) + 1 :]:
         axes.remove()
     for axes, name in zip(panels.flat, names, strict=False):
-        of = rows[(rows["workload"] == name) & rows["m"].notna()]
-        for column, whose in RATIOS.items():
-            draw_range(axes, of, column, label=f"gradient of {whose}")
+        matrices = rows[(rows["workload"] == name) & rows["m"].notna()]
+        for column, source in RATIOS.items():
+            draw_range(axes, matrices, column, label=f"gradient of {source}")
         axes.axhline(1, color="black", linestyle="--", linewidth=1)
-        axes.set(title=f"{name}, {of['parameter'].nunique()} matrices", xlabel="step", ylim=(0, 1.05))
+        axes.set(title=f"{name}, {matrices['parameter'].nunique()} matrices", xlabel="step", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, title="median and range")
     axes, sizes = panels.flat[len(names)], layers[["m", "n"]].min(axis=1)
-    for whose in RATIOS.values():
-        axes.plot(sizes, layers[f"{whose} median"], "o", markersize=4, alpha=0.6)
+    for source in RATIOS.values():
+        axes.plot(sizes, layers[f"{source} median"], "o", markersize=4, alpha=0.6)
     ends = np.array([sizes.min(), sizes.max()])
     axes.plot(ends, [1, 1], color="black", linestyle="--", linewidth=1)
     axes.plot(ends, ends**-0.5, color="black", linestyle=":", label="rank one")
@@ -181,7 +184,7 @@ def draw(rows: pd.DataFrame, layers: pd.DataFrame, path: Path) -> None:
 
 
 def main(_: Any) -> None:
-    """Train, write, draw and print."""
+    """Train, write the tables and the figure, and print the summary."""
     torch.set_num_threads(1)
     output = Path(FLAGS.output_dir)
     found = [
@@ -199,8 +202,8 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_enum("workload", list(LEARNING_RATES), list(LEARNING_RATES), "which")
-    flags.DEFINE_integer("steps", 400, "of each run", lower_bound=1)
-    flags.DEFINE_integer("every", 10, "steps from one measurement to the next", lower_bound=1)
-    flags.DEFINE_string("output_dir", None, "where tables, picture and events go", required=True)
+    flags.DEFINE_multi_enum("workload", list(LEARNING_RATES), list(LEARNING_RATES), "workloads to train")
+    flags.DEFINE_integer("steps", 400, "steps per workload", lower_bound=1)
+    flags.DEFINE_integer("every", 10, "measure every this many steps", lower_bound=1)
+    flags.DEFINE_string("output_dir", None, "folder for tables, figure, and TensorBoard events", required=True)
     app.run(main)

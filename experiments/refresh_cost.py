@@ -1,9 +1,14 @@
-"""What a refresh of the roots costs in real training: `python -m experiments.refresh_cost`; ten minutes.
+"""Time refreshes of the roots in real training: `python -m experiments.refresh_cost`; ten minutes.
 
-A Transformer of imagenet_vit's sizes learns MNIST with exact roots. At each step all optimizers take the same gradients, the
-others on weights of their own. Printed for each refresh: the seconds that it adds to an ordinary step, their ratio to those of
-exact roots, and the ratio of all seconds since the last refresh. `solver="qr"` costs less the less eigenvectors turn, which
-independent gradients, as `experiments.step_time` draws them, cannot show.
+Train a Transformer with imagenet_vit's layer sizes on MNIST, with exact roots. At each step, all other optimizers apply the
+same gradients to their own copies of the weights. Columns, for each refresh and optimizer:
+
+    s            seconds that the refresh adds to an ordinary step
+    ratio        the same over that of exact roots
+    all steps    seconds of all steps since the last refresh over those with exact roots
+
+`solver="qr"` is the cheaper the less the eigenvectors rotate between refreshes. The independent gradients of
+`experiments.step_time` cannot show that.
 """
 
 import time
@@ -26,22 +31,23 @@ EXACT = "shampoo"
 
 
 class Transformer(nn.Module):
-    """12 layers of width 384 over the 16 patches of an image: 21 million parameters."""
+    """12 layers of width 384 over the 16 patches of an image; 21 million parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, 384, 7, stride=7)
         layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 12, norm=nn.LayerNorm(384), enable_nested_tensor=False)
-        self.places, self.output = nn.Parameter(0.02 * torch.randn(16, 384)), nn.Linear(384, 10)
+        self.positions, self.output = nn.Parameter(0.02 * torch.randn(16, 384)), nn.Linear(384, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10)."""
-        return self.output(self.layers(self.patches(images).flatten(2).mT + self.places).mean(dim=1))
+        """Return logits of shape (B, 10)."""
+        logits: Tensor = self.output(self.layers(self.patches(images).flatten(2).mT + self.positions).mean(dim=1))
+        return logits
 
 
 def train(names: list[str], steps: int, frequency: int) -> pd.DataFrame:
-    """Seconds of each step, a column for each optimizer; the first one's weights are trained."""
+    """Train with the first optimizer and return the seconds of each step, one column per optimizer."""
     torch.manual_seed(0)
     model, data = Transformer(), load_mnist()["train"]
     weights = {name: [nn.Parameter(p.detach().clone()) for p in model.parameters()] for name in names[1:]}
@@ -50,13 +56,13 @@ def train(names: list[str], steps: int, frequency: int) -> pd.DataFrame:
     scheduler = warmup_cosine(optimizers[names[0]], 10 * steps, steps // 2)
     rows = []
     for t in range(1, steps + 1):
-        chosen = torch.randint(len(data["targets"]), (32,))
+        batch = torch.randint(len(data["targets"]), (32,))
         model.zero_grad()
-        loss = F.cross_entropy(model(data["inputs"][chosen].float()), data["targets"][chosen].long())
+        loss = F.cross_entropy(model(data["inputs"][batch].float()), data["targets"][batch].long())
         loss.backward()
         for name in names[1:]:
-            for mine, p in zip(weights[name], model.parameters(), strict=True):
-                mine.grad = p.grad
+            for W, p in zip(weights[name], model.parameters(), strict=True):
+                W.grad = p.grad
         row: dict[str, Any] = {}
         for name in names:
             start = time.perf_counter()
@@ -70,7 +76,7 @@ def train(names: list[str], steps: int, frequency: int) -> pd.DataFrame:
 
 
 def summary(seconds: pd.DataFrame, frequency: int) -> pd.DataFrame:
-    """A row for each refresh."""
+    """Return one row per refresh, from the second one on."""
     rows = {}
     for t in range(2 * frequency, len(seconds) + 1, frequency):
         since = seconds.loc[t - frequency + 1 : t]
@@ -82,14 +88,14 @@ def summary(seconds: pd.DataFrame, frequency: int) -> pd.DataFrame:
 
 
 def main(_: Any) -> None:
-    """Train and print."""
+    """Train and print the table."""
     torch.set_num_threads(FLAGS.threads)
     print(summary(train(FLAGS.optimizer, FLAGS.steps, FLAGS.frequency), FLAGS.frequency).round(2).to_string())
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_enum("optimizer", [EXACT, "shampoo, qr"], list(OPTIMIZERS), f"which; {EXACT!r} first")
-    flags.DEFINE_integer("steps", 100, "of training", lower_bound=1)
-    flags.DEFINE_integer("frequency", 10, "steps between refreshes", lower_bound=2)
-    flags.DEFINE_integer("threads", 2, "of the CPU", lower_bound=1)
+    flags.DEFINE_multi_enum("optimizer", [EXACT, "shampoo, qr"], list(OPTIMIZERS), f"optimizers to time, {EXACT!r} first")
+    flags.DEFINE_integer("steps", 100, "training steps", lower_bound=1)
+    flags.DEFINE_integer("frequency", 10, "precondition_frequency", lower_bound=2)
+    flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     app.run(main)

@@ -1,6 +1,6 @@
-"""What a healthy run looks like, and a sick one: `python -m experiments.sick_run --output_dir=DIR`; two minutes.
+"""Show the diagnostics of a healthy and a sick run: `python -m experiments.sick_run --output_dir=DIR`; two minutes.
 
-One workload trains at a learning rate that suits it, and at one far too high; a picture shows loss and diagnostics of both.
+Train one workload at its tuned learning rate and at one far too high, and plot the loss and the diagnostics of both runs.
 """
 
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import torch
 from absl import app, flags
+from matplotlib import pyplot as plt
 
-from .norm_ratio import draw_range, plt, train
+from .norm_ratio import draw_range, train
 from .variants import LEARNING_RATES
 
 FLAGS = flags.FLAGS
@@ -25,7 +26,7 @@ SHOWN = {
 
 
 def draw(runs: dict[str, Path], path: Path) -> None:
-    """A column for each run, given its title and folder: the loss, and each figure's median and range over parameters."""
+    """Plot one column per run, given as title: folder, with the loss and the median and range of each diagnostic."""
     figure, panels = plt.subplots(
         1 + len(SHOWN), len(runs), figsize=(12, 14.5), layout="constrained", sharex=True, sharey="row"
     )
@@ -34,8 +35,8 @@ def draw(runs: dict[str, Path], path: Path) -> None:
         losses = losses.dropna(subset="loss")
         column[0].plot(losses["global_step"], losses["loss"], marker="o", markersize=3, color="black")
         column[0].set(title=title, ylabel="loss of the batch")
-        for axes, (figure_name, label) in zip(column[1:], SHOWN.items(), strict=True):
-            draw_range(axes, rows[rows["parameter"] != "optimizer"], figure_name)
+        for axes, (name, label) in zip(column[1:], SHOWN.items(), strict=True):
+            draw_range(axes, rows[rows["parameter"] != "optimizer"], name)
             axes.set(ylabel=label)
         column[-1].set(xlabel="step")
         for axes in column:
@@ -48,7 +49,7 @@ def draw(runs: dict[str, Path], path: Path) -> None:
 
 
 def main(_: Any) -> None:
-    """Train twice, draw, and print medians over parameters, at ten steps of each run."""
+    """Train twice, plot, and print medians over parameters at about ten steps of each run."""
     torch.set_num_threads(1)
     output, rate = Path(FLAGS.output_dir), LEARNING_RATES[FLAGS.workload]
     runs = {}
@@ -63,9 +64,9 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("workload", "mnist_vit", list(LEARNING_RATES), "which")
-    flags.DEFINE_float("times", 100.0, "the sick run's learning rate over the healthy one's", lower_bound=1.0)
-    flags.DEFINE_integer("steps", 300, "of each run", lower_bound=1)
-    flags.DEFINE_integer("every", 5, "steps from one measurement to the next", lower_bound=1)
-    flags.DEFINE_string("output_dir", None, "where picture, figures and events go", required=True)
+    flags.DEFINE_enum("workload", "mnist_vit", list(LEARNING_RATES), "workload to train")
+    flags.DEFINE_float("times", 100.0, "learning rate of the sick run over that of the healthy one", lower_bound=1.0)
+    flags.DEFINE_integer("steps", 300, "steps per run", lower_bound=1)
+    flags.DEFINE_integer("every", 5, "measure every this many steps", lower_bound=1)
+    flags.DEFINE_string("output_dir", None, "folder for the figure, diagnostics, and TensorBoard events", required=True)
     app.run(main)

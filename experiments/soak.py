@@ -1,8 +1,8 @@
-"""A long run with all that may happen: `python -m experiments.soak --steps=20000`.
+"""Soak test: `python -m experiments.soak --steps=20000`.
 
-Two runs of a small model, step for step alike: gradients go missing at random, some hold NaN, the learning rate changes, and
-every thousand steps one run is saved and loaded into a new optimizer, the other is not. They must agree bit for bit, stay
-finite, and keep as much state as at the start.
+Train two copies of a small model on the same gradients. Some gradients are missing, some contain NaN, and the learning rate
+changes at every step. One copy is saved and loaded into a new optimizer every thousand steps, the other is not. Weights must
+stay finite and bitwise equal, and the state must keep its size.
 """
 
 import io
@@ -22,15 +22,15 @@ SHAPES = [(12, 20), (20,), (20, 7, 3), (7,), ()]
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "block_size": 16, "precondition_frequency": 7, "momentum": 0.5, "weight_decay": 0.01}
 
 
-def make(seed: int) -> tuple[list[nn.Parameter], AdamWShampoo]:
-    """Weights and an optimizer."""
+def make_model(seed: int) -> tuple[list[nn.Parameter], AdamWShampoo]:
+    """Return parameters and an optimizer."""
     draw = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
     return params, AdamWShampoo(params, **OPTIONS)
 
 
 def gradients(t: int, params: list[nn.Parameter]) -> list[Tensor | None]:
-    """Those of step t, of a quadratic with noise: a fifth missing, and in one step of a hundred a NaN."""
+    """Return noisy gradients of a quadratic at step t. A fifth are None; one step in a hundred has a NaN."""
     draw = torch.Generator().manual_seed(t)
     grads: list[Tensor | None] = []
     for p in params:
@@ -41,8 +41,8 @@ def gradients(t: int, params: list[nn.Parameter]) -> list[Tensor | None]:
     return grads
 
 
-def reloaded(params: list[nn.Parameter], optimizer: AdamWShampoo) -> AdamWShampoo:
-    """A new optimizer of the same weights, from the file of the old one."""
+def reload(params: list[nn.Parameter], optimizer: AdamWShampoo) -> AdamWShampoo:
+    """Return a new optimizer of the same parameters, loaded from the saved state of the old one."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -51,15 +51,15 @@ def reloaded(params: list[nn.Parameter], optimizer: AdamWShampoo) -> AdamWShampo
     return new
 
 
-def numbers(optimizer: AdamWShampoo) -> int:
-    """How many numbers of state there are."""
-    return sum(x.numel() for of_parameter in optimizer.state_dict()["state"].values() for x in of_parameter.values())
+def state_numel(optimizer: AdamWShampoo) -> int:
+    """Return the number of elements of the optimizer state."""
+    return sum(x.numel() for state in optimizer.state_dict()["state"].values() for x in state.values())
 
 
 def soak(steps: int, save_every: int) -> tuple[int, int]:
-    """Both runs; the steps skipped, and the numbers of state. Raises RuntimeError where a promise breaks."""
-    (one, plain), (two, saved) = make(0), make(0)
-    size = numbers(plain)
+    """Train both copies. Return the number of skipped steps and the state size in elements; raise RuntimeError on a failure."""
+    (one, plain), (two, saved) = make_model(0), make_model(0)
+    size = state_numel(plain)
     for t in tqdm(range(1, steps + 1), unit="step", disable=None):
         grads = gradients(t, one)
         for params, optimizer in ((one, plain), (two, saved)):
@@ -68,25 +68,26 @@ def soak(steps: int, save_every: int) -> tuple[int, int]:
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 + t % 1000 / 1000)
             optimizer.step()
         if t % save_every == 0:
-            saved = reloaded(two, saved)
-            if numbers(saved) != size or numbers(plain) != size:
-                raise RuntimeError(f"at step {t} the state has {numbers(plain)} and {numbers(saved)} numbers, first {size}")
+            saved = reload(two, saved)
+            sizes = state_numel(plain), state_numel(saved)
+            if sizes != (size, size):
+                raise RuntimeError(
+                    f"the state had {size} elements at first and has {sizes} at step {t}; its size must not change"
+                )
             if not all(torch.equal(p, q) and p.isfinite().all() for p, q in zip(one, two, strict=True)):
-                raise RuntimeError(f"at step {t} the weights are not finite, or the two runs differ")
+                raise RuntimeError(f"at step {t}, weights are not finite, or the two runs differ; they must be bitwise equal")
     return plain.events["steps skipped"], size
 
 
 def main(_: Any) -> None:
-    """Run, and say what was seen."""
+    """Run the test and print a summary."""
     torch.set_num_threads(1)
-    logging.getLogger("shampoo").setLevel(logging.ERROR)  # every skipped step is a warning
+    logging.getLogger("shampoo").setLevel(logging.ERROR)  # no warning for each skipped step
     skipped, size = soak(FLAGS.steps, FLAGS.save_every)
-    print(
-        f"{FLAGS.steps} steps, {skipped} of them skipped; {size} numbers of state, as at the start; both runs agree bit for bit"
-    )
+    print(f"{FLAGS.steps} steps, {skipped} of them skipped; the state kept its {size} elements; both runs are bitwise equal")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 20_000, "of each run", lower_bound=1)
-    flags.DEFINE_integer("save_every", 1000, "steps from one file to the next", lower_bound=1)
+    flags.DEFINE_integer("steps", 20_000, "steps per run", lower_bound=1)
+    flags.DEFINE_integer("save_every", 1000, "save and load one run every this many steps", lower_bound=1)
     app.run(main)

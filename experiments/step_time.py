@@ -1,18 +1,18 @@
-"""What a step costs, on the shapes of AlgoPerf's models: `python -m experiments.step_time --workload=imagenet_vit`.
+"""Time an optimizer step on the shapes of AlgoPerf's models: `python -m experiments.step_time --workload=imagenet_vit`.
 
-Optimizers take the same steps in turn, in one process, with the same gradients. Printed for each, medians in milliseconds:
+All optimizers run in one process and take each step in turn, on the same gradients. Columns, with median times in milliseconds:
 
     ordinary, refresh   a step without and with a refresh of the roots
-    every 1, 10, 100    a step on average with a refresh that often: ordinary + (refresh - ordinary) / frequency
+    every 1, 10, 100    the average step at that frequency of refreshes: ordinary + (refresh - ordinary) / frequency
     products            the matrix products of an ordinary step alone, on tensors of the same layout
     / adamw             ordinary over that of torch's fused AdamW
     / products          ordinary over products
-    operations          dispatched in an ordinary step: views do not count, a list of tensors once for each 30 of them
-    syncs               operations of an ordinary step for which the host waits
-    state, peak         bytes per parameter that are kept, and that a refresh needs beside them
+    operations          operations dispatched in an ordinary step; views do not count, a list of n tensors counts ceil(n / 30)
+    syncs               operations in an ordinary step that wait for the device
+    state, peak         bytes per parameter of the state, and of temporary memory at a refresh
 
-Gradients are drawn anew at each step, so that factors move more than in training: solver "qr" has its worst case here.
-pytorch_optimizer and heavyball are measured where they are installed.
+Gradients are drawn independently at each step, so that factors change more than in training: the worst case for solver "qr".
+pytorch_optimizer and heavyball are included if they are installed.
 """
 
 import gc
@@ -43,21 +43,21 @@ LR = 1e-3
 
 
 class Watch(TorchDispatchMode):
-    """Counts the operations inside it, keeps the matrix products, and follows the bytes that are allocated."""
+    """Count the operations dispatched inside it, record the matrix products, and track allocated bytes and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.operations = self.syncs = self.bytes = self.peak = 0
         self.products: list[Callable[[], Any]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operation."""
+        """Run one operation and record it."""
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         if name in PRODUCTS:
-            kept = [x.clone() if i == 0 and name.endswith("_") else x for i, x in enumerate(args)]
-            self.products.append(lambda: function(*kept, **kwargs))
+            inputs = [x.clone() if i == 0 and name.endswith("_") else x for i, x in enumerate(args)]
+            self.products.append(lambda: function(*inputs, **kwargs))
         result = function(*args, **kwargs)
-        if name == "_unsafe_view":  # a view all the same
+        if name == "_unsafe_view":  # its schema does not declare that it returns a view
             return result
         aliases = [value.alias_info for value in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
@@ -66,28 +66,28 @@ class Watch(TorchDispatchMode):
         if not any(aliases):
             for x in result if isinstance(result, list | tuple) else [result]:
                 if isinstance(x, Tensor):
-                    self.follow(x)
+                    self.track(x)
         return result
 
     def multiply(self) -> None:
-        """The matrix products again."""
+        """Run the recorded matrix products again."""
         for multiply in self.products:
             multiply()
 
-    def follow(self, x: Tensor) -> None:
-        """Count the bytes of a new tensor until they are free."""
+    def track(self, x: Tensor) -> None:
+        """Count the bytes of a new tensor until its storage is freed."""
         nbytes = x.untyped_storage().nbytes()
         self.bytes += nbytes
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(x.untyped_storage(), self.forget, nbytes)
+        weakref.finalize(x.untyped_storage(), self.release, nbytes)
 
-    def forget(self, nbytes: int) -> None:
-        """These bytes are free."""
+    def release(self, nbytes: int) -> None:
+        """Subtract the bytes of a freed storage."""
         self.bytes -= nbytes
 
 
 def shampoo(**options: Any) -> Callable[..., Optimizer]:
-    """This project's, with the options of the competition's first point unless others are named."""
+    """Return a constructor of `AdamWShampoo` with the competition's first point as defaults for `options`."""
     common = {"betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True}
     return lambda params, frequency, block_size: AdamWShampoo(
         params, LR, **{**common, "precondition_frequency": frequency, "block_size": block_size, **options}
@@ -95,7 +95,7 @@ def shampoo(**options: Any) -> Callable[..., Optimizer]:
 
 
 def peer(module: str, name: str, size: str, **options: Any) -> Callable[..., Optimizer]:
-    """An optimizer of another package; `size` is what it calls the largest block."""
+    """Return a constructor of an optimizer of another package; `size` is its name for the maximum block size."""
     return lambda params, frequency, block_size: getattr(import_module(module), name)(
         params, lr=LR, precondition_frequency=frequency, **{size: block_size}, **options
     )
@@ -113,23 +113,23 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that exist."""
+    """Return the bytes of all live tensors, counting shared storage once."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def milliseconds(act: Callable[[], Any], device: torch.device) -> float:
-    """How long it takes, the device's work included."""
-    wait(device)
+def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how long a call takes in milliseconds, including its work on the device."""
+    synchronize(device)
     start = time.perf_counter()
-    act()
-    wait(device)
+    function()
+    synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done its work."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -137,30 +137,31 @@ def wait(device: torch.device) -> None:
 def measure(
     names: list[str], shapes: list[tuple[int, ...]], frequency: int, block_size: int, rounds: int, device: torch.device
 ) -> pd.DataFrame:
-    """The table: from `rounds` times `frequency` steps, of which the longest of each round is its refresh."""
+    """Return the table, from `rounds` rounds of `frequency` steps. The longest step of a round is taken as its refresh."""
     draw = torch.Generator(device).manual_seed(0)
     grads = [torch.randn(shape, device=device, generator=draw) for shape in shapes]
     params: dict[str, list[torch.nn.Parameter]] = {}
     optimizers: dict[str, Optimizer] = {}
     state: dict[str, int] = {}
 
-    def step_all(act: Callable[[str], Any]) -> dict[str, Any]:
-        """What `act` gives for each optimizer, with new gradients, alike for all."""
+    def step_all(step: Callable[[str], Any]) -> dict[str, Any]:
+        """Draw new gradients, the same for all optimizers, and return `step(name)` for each optimizer."""
         for grad in grads:
             grad.normal_(generator=draw)
         for name in names:
             for p, grad in zip(params[name], grads, strict=True):
-                p.grad = grad  # some optimizers drop it
-        return {name: act(name) for name in names}
+                p.grad = grad  # some optimizers set it to None
+        return {name: step(name) for name in names}
 
-    def watched(name: str) -> Watch:
-        """A step as `Watch` sees it."""
-        with Watch() as watch:
+    def watch_step(name: str) -> Watch:
+        """Take a step under `Watch`."""
+        watch = Watch()
+        with watch:
             optimizers[name].step()
         return watch
 
-    def timed(name: str) -> float:
-        """A step by the clock."""
+    def time_step(name: str) -> float:
+        """Take a step and return its milliseconds."""
         return milliseconds(optimizers[name].step, device)
 
     for name in names:
@@ -173,12 +174,13 @@ def measure(
         state[name] = live_bytes() - before - sum(p.nbytes for p in params[name])
     for _ in range(frequency - 2):
         step_all(lambda name: optimizers[name].step())
-    peaks, ordinary = step_all(lambda name: watched(name).peak), step_all(watched)  # steps number `frequency` and one more
+    peaks = step_all(lambda name: watch_step(name).peak)  # step number `frequency`: a refresh
+    ordinary = step_all(watch_step)
     for _ in range(frequency - 1):
-        step_all(timed)
+        step_all(time_step)
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
-        times = pd.DataFrame([step_all(timed) for _ in range(frequency)])
+        times = pd.DataFrame([step_all(time_step) for _ in range(frequency)])
         for name in names:
             products = milliseconds(ordinary[name].multiply, device)
             rows[name].append((times[name].nsmallest(frequency - 1).median(), times[name].max(), products))
@@ -208,11 +210,13 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("workload", "ogbg", sorted(load_shapes()), "whose shapes")
-    flags.DEFINE_multi_enum("optimizer", list(OPTIMIZERS), list(OPTIMIZERS), "which; those not installed are left out")
-    flags.DEFINE_integer("frequency", 4, "steps between refreshes while measuring", lower_bound=2)
-    flags.DEFINE_integer("block_size", 1024, "the largest block; 'shampoo, small' has 512", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "of `frequency` steps, of which medians are taken", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "of the CPU", lower_bound=1)
-    flags.DEFINE_string("device", "cpu", "or cuda")
+    flags.DEFINE_enum("workload", "ogbg", sorted(load_shapes()), "AlgoPerf workload whose parameter shapes are used")
+    flags.DEFINE_multi_enum(
+        "optimizer", list(OPTIMIZERS), list(OPTIMIZERS), "optimizers to time; those not installed are skipped"
+    )
+    flags.DEFINE_integer("frequency", 4, "precondition_frequency while measuring", lower_bound=2)
+    flags.DEFINE_integer("block_size", 1024, "maximum block size; 'shampoo, small' always uses 512", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "measured rounds of `frequency` steps; medians are printed", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
+    flags.DEFINE_string("device", "cpu", "cpu or cuda")
     app.run(main)
