@@ -60,8 +60,9 @@ def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
 def rank_one(m: int, n: int, generator: torch.Generator) -> Tensor:
     """Return D u v^T of shape (S, m, n), u and v standard normal, D diagonal from 1 down to 1/10, scaled to E ||.||_F^2 = 1."""
     D = torch.logspace(0, -1, m)
+    D /= D.norm() * math.sqrt(n)
     u, v = torch.randn(SEEDS, m, 1, generator=generator), torch.randn(SEEDS, 1, n, generator=generator)
-    return (D / (torch.linalg.vector_norm(D) * math.sqrt(n))).unsqueeze(1) * u * v
+    return D.unsqueeze(1) * u * v
 
 
 class Problem(NamedTuple):

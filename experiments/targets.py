@@ -1,11 +1,11 @@
-"""Sets the targets of the laptop workloads by AlgoPerf's protocol (Dahl et al. 2023), and keeps every run's figures.
+"""Set the targets of the laptop workloads by AlgoPerf's protocol (Dahl et al. 2023).
 
-For each workload AdamW, NadamW and heavy-ball momentum run at eight to ten points each, for `step_hint` steps. The point with
-the best validation result is repeated with five seeds: the median of their best validation results is the validation target,
-and the worst of their test results, each at its run's best validation result, is the test target.
+For each workload, AdamW, NadamW, and heavy-ball momentum run at eight to ten points each, for `step_hint` steps. The point with
+the best validation result is repeated with five seeds. The validation target is the median of their best validation results;
+the test target is the worst of their test results, each taken at the step of the best validation result.
 
-`python -m experiments.targets` continues `experiments/targets.csv`, a row for each run, where it stopped, and prints what
-follows from it. Two processes of one thread each take about an hour.
+`python -m experiments.targets` adds the missing runs to `experiments/targets.csv`, one row per run, and prints the resulting
+targets. With two single-threaded processes, all runs take about an hour.
 """
 
 import collections
@@ -37,7 +37,7 @@ SUBMISSIONS = {
     "nadamw": "runner.baselines.nadamw.submission",
     "heavy_ball": "experiments.heavy_ball",
 }
-GRID = {  # learning rates, weight decays; SGD's decay is multiplied with its far larger learning rate
+GRID = {  # learning rates, weight decays; SGD's decays are smaller since they are scaled by its larger learning rates
     "adamw": ((0.002, 0.004, 0.008, 0.016, 0.032), (0.01, 0.1)),
     "nadamw": ((0.002, 0.004, 0.008, 0.016, 0.032), (0.01, 0.1)),
     "heavy_ball": ((0.01, 0.03, 0.1, 0.3), (0.0001, 0.001)),
@@ -45,17 +45,18 @@ GRID = {  # learning rates, weight decays; SGD's decay is multiplied with its fa
 COMMON = {"beta1": 0.9, "beta2": 0.999, "warmup_factor": 0.05, "label_smoothing": 0.0, "dropout_rate": 0.0}
 TUNING_SEED, SEEDS = 1, (11, 12, 13, 14, 15)
 EVAL_EVERY_STEPS = 25
-RUN = ["workload", "method", "learning_rate", "weight_decay", "seed"]  # what tells runs apart
+RUN = ["workload", "method", "learning_rate", "weight_decay", "seed"]  # identifies a run
 
 FLAGS = flags.FLAGS
 
 
 def run(workload_name: str, method: str, learning_rate: float, weight_decay: float, seed: int) -> dict[str, Any]:
-    """Train for step_hint steps; the best validation result, the test result there, seconds of training, a standard error."""
+    """Train for `step_hint` steps and return the remaining columns of the run's row."""
     torch.set_num_threads(1)
     workload = load_workload(workload_name)
-    sign = sign_of(workload_name)
-    workload.validation_target_value = workload.test_target_value = sign * math.inf  # nothing ends the run before step_hint
+    sign = metric_sign(workload_name)
+    # Unreachable targets and no time limit, so that the run takes all `step_hint` steps.
+    workload.validation_target_value = workload.test_target_value = sign * math.inf
     workload.max_allowed_runtime_sec = math.inf
     point = {"learning_rate": learning_rate, "weight_decay": weight_decay, **COMMON}
     hyperparameters = collections.namedtuple("Hyperparameters", point)(**point)
@@ -86,7 +87,7 @@ def run(workload_name: str, method: str, learning_rate: float, weight_decay: flo
 
 
 def standard_error(workload: LaptopWorkload, weights: dict[str, Tensor]) -> float:
-    """The bootstrap's standard error of the validation metric: its deviation over 1,000 draws of as many examples."""
+    """Return the bootstrap standard error of the validation metric, over 1,000 resamples of the validation examples."""
     model, _ = workload.init_model_fn([0, 0])
     model.load_state_dict(weights)
     batches = workload._build_input_queue([0, 0], "validation", "", 1)
@@ -95,14 +96,14 @@ def standard_error(workload: LaptopWorkload, weights: dict[str, Tensor]) -> floa
         logits, _ = workload.model_fn(model, batch, None, spec.ForwardPassMode.EVAL, [0, 0], update_batch_norm=False)
         sums.append({name: value.item() for name, value in workload.metric_sums(logits, batch["targets"]).items()})
     examples = pd.DataFrame(sums)
-    draw = np.random.default_rng(0)
-    draws = (examples.iloc[draw.integers(len(examples), size=len(examples))].sum() for _ in range(1000))
-    metrics = [workload.metrics(total.to_dict(), len(examples))[workload.target_metric_name] for total in draws]
+    rng = np.random.default_rng(0)
+    totals = (examples.iloc[rng.integers(len(examples), size=len(examples))].sum() for _ in range(1000))
+    metrics = [workload.metrics(total.to_dict(), len(examples))[workload.target_metric_name] for total in totals]
     return float(np.std(metrics))
 
 
 def missing(table: pd.DataFrame, workload: str) -> list[tuple[Any, ...]]:
-    """The runs of a workload that the table lacks: the grids first; once these are complete, the seeds of the best point."""
+    """Return the runs missing from the table: those of the grids or, once these are complete, the seeds of the best point."""
     done = set(table[RUN].itertuples(index=False, name=None))
     wanted = [
         (workload, method, *point, TUNING_SEED) for method, (rates, decays) in GRID.items() for point in product(rates, decays)
@@ -115,29 +116,28 @@ def missing(table: pd.DataFrame, workload: str) -> list[tuple[Any, ...]]:
 
 
 def best_point(runs: pd.DataFrame, workload: str) -> pd.Series:
-    """The run of the grids with the best validation result; of equals the first."""
+    """Return the grid run with the best validation result; on a tie, the first one."""
     tuning = runs[runs["seed"] == TUNING_SEED].reset_index(drop=True)
-    return tuning.loc[(sign_of(workload) * tuning["best_validation"].astype(float)).fillna(-math.inf).idxmax()]
+    return tuning.loc[(metric_sign(workload) * tuning["best_validation"].astype(float)).fillna(-math.inf).idxmax()]
 
 
-def sign_of(workload: str) -> int:
-    """1 where a higher metric is better, else -1."""
+def metric_sign(workload: str) -> int:
+    """Return 1 if a higher metric is better, else -1."""
     return 1 if workload_class(workload).higher_is_better else -1
 
 
 def targets(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each finished workload: best point, targets, and how far they are from luck.
+    """Return one row per finished workload: the best point, its targets, and how they compare with noise.
 
-    `se` is the validation target's standard error over the drawing of the validation set. `typical` is the median result of
-    the grids of the winning method, in standard errors short of the target; `reached_by` counts the runs of all grids.
+    `se` is the bootstrap standard error of the validation result. `typical` is how far the median result of the winning
+    method's grid falls short of the target, in standard errors. `reached_by` counts the grid runs that reach the target.
     """
     rows = {}
     for workload, runs in table.groupby("workload"):
-        best, sign = best_point(runs, workload), sign_of(workload)
-        same = (runs[["method", "learning_rate", "weight_decay"]] == best[["method", "learning_rate", "weight_decay"]]).all(
-            axis=1
-        )
-        repeats = runs[same & runs["seed"].isin(SEEDS)]
+        best, sign = best_point(runs, workload), metric_sign(workload)
+        columns = ["method", "learning_rate", "weight_decay"]
+        at_best = (runs[columns] == best[columns]).all(axis=1)
+        repeats = runs[at_best & runs["seed"].isin(SEEDS)]
         if len(repeats) < len(SEEDS):
             continue
         target, error = repeats["best_validation"].median(), repeats["standard_error"].median()
@@ -145,9 +145,9 @@ def targets(table: pd.DataFrame) -> pd.DataFrame:
         typical = tuning[tuning["method"] == best["method"]]["best_validation"].median()
         rows[workload] = {
             "best point": f"{best['method']} lr {best['learning_rate']:g} wd {best['weight_decay']:g}",
-            "validation target": outward(target, sign),
+            "validation target": loosen_target(target, sign),
             "seeds": f"{repeats['best_validation'].min():.4f} to {repeats['best_validation'].max():.4f}",
-            "test target": outward((sign * repeats["test_there"]).min() * sign, sign),
+            "test target": loosen_target((sign * repeats["test_there"]).min() * sign, sign),
             "se": error,
             "typical": sign * (target - typical) / error,
             "reached_by": f"{(sign * tuning['best_validation'] >= sign * target).sum()} of {len(tuning)}",
@@ -157,29 +157,29 @@ def targets(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def outward(value: float, sign: int) -> float:
-    """The nearest value of four digits that the given value passes: a target is to be passed, not only met."""
+def loosen_target(value: float, sign: int) -> float:
+    """Return the closest value of four decimals that `value` strictly beats: a target must be exceeded, not just met."""
     return sign * (math.ceil(sign * value * 1e4) - 1) / 1e4
 
 
 def main(_: Any) -> None:
-    """Run what is missing, two processes at a time; print what follows from the table."""
+    """Run the missing runs in parallel, then print the targets."""
     table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=RUN)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(FLAGS.max_workers, spawn) as pool, tqdm(unit="run") as progress:
         queued = [run for name in FLAGS.workloads for run in missing(table, name)]
         progress.total = len(queued) + len(SEEDS) * len({name for name, *_ in queued})
-        under_way = {pool.submit(run, *arguments): arguments for arguments in queued}
+        running = {pool.submit(run, *arguments): arguments for arguments in queued}
         try:
-            while under_way:
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    name, *_ = arguments = under_way.pop(future)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name, *_ = arguments = running.pop(future)
                     row = dict(zip(RUN, arguments, strict=True)) | future.result()
                     table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
                     table.to_csv(TABLE, index=False, float_format="%.6g")
                     progress.update()
-                    if name not in {other for other, *_ in under_way.values()}:
-                        under_way |= {pool.submit(run, *more): more for more in missing(table, name)}
+                    if name not in {other for other, *_ in running.values()}:
+                        running |= {pool.submit(run, *more): more for more in missing(table, name)}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -187,6 +187,6 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("workloads", list(WORKLOADS), "which")
-    flags.DEFINE_integer("max_workers", 2, "processes of one thread", lower_bound=1)
+    flags.DEFINE_list("workloads", list(WORKLOADS), "workloads to set targets for")
+    flags.DEFINE_integer("max_workers", 2, "number of single-threaded processes", lower_bound=1)
     app.run(main)

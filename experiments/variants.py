@@ -1,9 +1,9 @@
-"""Whether an option costs steps: `python -m experiments.variants --experiment_dir=DIR`.
+"""Measure whether an option costs steps: `python -m experiments.variants --experiment_dir=DIR`.
 
-Each variant of the first point of `runner/tuning_search_space.json`, at a learning rate that suits the workload, trains with
-the same seeds, as trials of `runner.suite`, and its steps to the target are divided by those of the exact solver with the same
-seed. Printed are the geometric mean of these ratios, its 95 % interval (percentiles of means over seeds drawn again, workload
-by workload), and the misses; a miss counts as one step beyond the trial's last. The same command goes on where it stopped.
+Train variants of the first point of `runner/tuning_search_space.json` on the same seeds, each workload at its tuned learning
+rate, as trials of `runner.suite`. Divide the steps to target of each trial by those of the exact solver with the same seed;
+a missed target counts as one step more than the trial took. Print the geometric mean of these ratios, its 95 % bootstrap
+interval over seeds within workloads, and the number of misses. The same command resumes an interrupted run.
 """
 
 import json
@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 DRAWS = 10_000
 
-
 # The learning rate at which exact roots were fastest in `results/laptop_suite`.
 LEARNING_RATES = {
     "airports_dlrm": 0.014,
@@ -51,7 +50,7 @@ LEARNING_RATES = {
 
 
 def write_spaces(folder: Path, names: list[str], learning_rate: float) -> list[str]:
-    """A search space of one point for each variant, and the suite's words for it."""
+    """Write a one-point search space per variant. Return the entries for the suite's flag --submissions."""
     folder.mkdir(parents=True, exist_ok=True)
     point = {**json.loads(SPACE.read_text())[0], "learning_rate": learning_rate}
     entries = []
@@ -63,26 +62,26 @@ def write_spaces(folder: Path, names: list[str], learning_rate: float) -> list[s
 
 
 def steps_of(trials: pd.DataFrame) -> pd.DataFrame:
-    """Steps to the target, a row for each workload and study, a column for each variant; beyond the last step for a miss."""
+    """Return steps to target (last step + 1 for a miss) and misses, one row per workload and study, one column per variant."""
     last = trials["evaluations"].map(lambda evaluations: evaluations["global_step"].iloc[-1] + 1)
     trials = trials.assign(steps=trials["steps"].where(np.isfinite(trials["steps"]), last), missed=np.isinf(trials["steps"]))
     return trials.pivot(index=["workload", "study"], columns="submission", values=["steps", "missed"])
 
 
 def compare(steps: pd.DataFrame, base: str) -> pd.DataFrame:
-    """For each variant the geometric mean of the ratios, its interval, and the misses."""
+    """Return, per variant, the geometric mean of its ratios to `base`, the 95 % interval, and the number of misses."""
     logs = steps["steps"].astype(float).map(math.log)
     ratios = logs.sub(logs[base], axis=0)
-    draw, by_workload = np.random.default_rng(0), ratios.groupby("workload")
-    drawn = [of.to_numpy()[draw.integers(len(of), size=(DRAWS, len(of)))] for _, of in by_workload]
-    means = np.mean([of.mean(axis=1) for of in drawn], axis=0)
+    rng, by_workload = np.random.default_rng(0), ratios.groupby("workload")
+    resampled = [rows.to_numpy()[rng.integers(len(rows), size=(DRAWS, len(rows)))] for _, rows in by_workload]
+    means = np.mean([rows.mean(axis=1) for rows in resampled], axis=0)
     low, high = np.exp(np.percentile(means, [2.5, 97.5], axis=0))
     found = {"ratio": np.exp(by_workload.mean().mean()), "low": low, "high": high, "misses": steps["missed"].sum()}
     return pd.DataFrame(found, index=ratios.columns)
 
 
 def main(_: Any) -> None:
-    """Run what has not been run, and print the tables."""
+    """Run the missing trials and print the tables."""
     root = Path(FLAGS.experiment_dir).resolve()
     for workload in FLAGS.workload:
         entries = write_spaces(root / "spaces" / workload, FLAGS.variants, LEARNING_RATES[workload])
@@ -95,9 +94,13 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("variants", list(VARIANTS), "which")
-    flags.DEFINE_multi_enum("workload", ["mnist_vit", "solubility_gnn", "fsdd_lstm"], list(LEARNING_RATES), "on which ones")
-    flags.DEFINE_integer("num_studies", 5, "seeds", lower_bound=2)
-    flags.DEFINE_integer("eval_every_steps", 10, "steps from evaluation to evaluation", lower_bound=1)
-    flags.DEFINE_string("experiment_dir", None, "where trials are kept", required=True)
+    flags.DEFINE_list("variants", list(VARIANTS), "variants to train")
+    flags.DEFINE_multi_enum(
+        "workload", ["mnist_vit", "solubility_gnn", "fsdd_lstm"], list(LEARNING_RATES), "workloads to train"
+    )
+    flags.DEFINE_integer("num_studies", 5, "number of seeds", lower_bound=2)
+    flags.DEFINE_integer("eval_every_steps", 10, "evaluate every this many steps", lower_bound=1)
+    flags.DEFINE_string(
+        "experiment_dir", None, "folder for trials; existing trials are kept and only missing ones run", required=True
+    )
     app.run(main)

@@ -1,1 +1,1 @@
-"""Reproducing the competition: the same weights, the same score, the runs themselves."""
+"""Reproduce the competition: its weights, its scores, and the commands that run it."""

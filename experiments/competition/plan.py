@@ -1,15 +1,15 @@
-"""The complete benchmark as commands: `python -m experiments.competition.plan --output_dir=DIR`, or `--dry_run` to print it.
+"""Write the commands of the full benchmark: `python -m experiments.competition.plan --output_dir=DIR`; `--dry_run` prints them.
 
-Eight workloads, five points, three studies: 120 trials, each one line of torchrun with AlgoPerf's runner. DIR gets `trials.sh`,
-which runs them one after the other, and `trials.slurm`, an array with one trial a task. A trial that has finished is not run
-again; one that was cut short starts anew, since its clock counts: `bash trials.sh` or `sbatch trials.slurm` go on where they
-stopped. Where things are is said by variables of the shell:
+Eight workloads, five points, and three studies make 120 trials, each one torchrun command with AlgoPerf's runner. Write
+DIR/trials.sh, which runs them sequentially, and DIR/trials.slurm, a job array with one trial per task. Running either script
+again skips finished trials and restarts interrupted ones from the beginning, since their time is what counts. The scripts read
+these environment variables:
 
     ALGOPERF      AlgoPerf's checkout, with this submission in submissions/external_tuning/adamw_shampoo
-    DATA          the data sets, in the folders of AlgoPerf's datasets/README.md
-    EXPERIMENTS   where logs go, as `python -m runner.score --submission_directory=$EXPERIMENTS` reads them
+    DATA          the data sets, in the folders given in AlgoPerf's datasets/README.md
+    EXPERIMENTS   the folder for logs, read by `python -m runner.score --submission_directory=$EXPERIMENTS`
 
-`python -m experiments.competition.check` tells what a machine lacks for it.
+`python -m experiments.competition.check` checks that a machine is ready.
 """
 
 import random
@@ -21,7 +21,7 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 
-DATA = {  # each workload's folder in $DATA, and the flags that its data need
+DATA = {  # workload: (folder in $DATA, flags for its data)
     "criteo1tb": ("criteo1tb", ""),
     "fastmri": ("fastmri", ""),
     "imagenet_resnet": ("imagenet/pytorch", "--imagenet_v2_data_dir=$DATA/imagenet/pytorch"),
@@ -35,12 +35,12 @@ STUDIES, POINTS, GPUS = 3, 5, 8
 NAME = "adamw_shampoo"
 SUBMISSION = f"submissions/external_tuning/{NAME}"
 VARIABLES = (
-    ': "${ALGOPERF:?is to be the checkout of AlgoPerf}" "${DATA:?is where the data are}" "${EXPERIMENTS:?is where logs go}"'
+    ': "${ALGOPERF:?set to the AlgoPerf checkout}" "${DATA:?set to the data folder}" "${EXPERIMENTS:?set to a folder for logs}"'
 )
 
 
 class Trial(NamedTuple):
-    """One of the 120: studies and points count from 1."""
+    """One of the 120 trials. Studies and points count from 1."""
 
     study: int
     workload: str
@@ -48,50 +48,50 @@ class Trial(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where AlgoPerf's runner puts its logs."""
+        """Return the folder that AlgoPerf's runner logs to."""
         return f"$EXPERIMENTS/{NAME}/study_{self.study}/{self.workload}_pytorch/trial_{self.point}"
 
     @property
     def seed(self) -> int:
-        """The same one at each writing; without one, each of AlgoPerf's ranks draws its own."""
+        """Return a seed that is the same in every script. Without one, each of AlgoPerf's ranks would draw its own."""
         return random.Random(f"{self.study} {self.workload} {self.point}").randrange(2**31)
 
     @property
     def command(self) -> str:
-        """The trial by AlgoPerf's runner."""
-        data, more = DATA[self.workload]
+        """Return the command that runs the trial."""
+        data, data_flags = DATA[self.workload]
         words = [
             f"torchrun --standalone --nproc_per_node={GPUS} submission_runner.py",
             f"--framework=pytorch --workload={self.workload}",
             f"--submission_path={SUBMISSION}/submission.py --tuning_search_space={SUBMISSION}/tuning_search_space.json",
             f"--num_tuning_trials={POINTS} --hparam_start_index={self.point - 1} --hparam_end_index={self.point}",
             f"--rng_seed={self.seed} --data_dir=$DATA/{data}",
-            more,
+            data_flags,
             f"--experiment_dir=$EXPERIMENTS/{NAME} --experiment_name=study_{self.study}",
-            "--save_checkpoints=False --resume_last_run",  # else the runner asks what to do with the folder of another trial
+            "--save_checkpoints=False --resume_last_run",  # resuming avoids a prompt about other trials' folders
         ]
         return " ".join(filter(None, words))
 
     @property
     def line(self) -> str:
-        """The command, unless the trial has finished; what an unfinished one left would mix with the new logs."""
+        """Return the shell line of the trial: skip it if finished, else delete the logs of an earlier attempt and run it."""
         return (
             f'[ -e "{self.folder}/finished" ] || (rm -rf "{self.folder}" && {self.command} && touch "{self.folder}/finished")'
         )
 
 
 def plan() -> list[Trial]:
-    """All trials, study by study: an early stop leaves whole studies."""
+    """Return all trials, study by study, so that an early stop leaves complete studies."""
     return [Trial(s, w, p) for s in range(1, STUDIES + 1) for w in DATA for p in range(1, POINTS + 1)]
 
 
 def shell_script(trials: list[Trial]) -> str:
-    """One trial after the other; one that fails does not stop the next."""
+    """Return a script that runs the trials sequentially and continues after a failed one."""
     return "\n".join(["#!/usr/bin/env bash", VARIABLES, 'cd "$ALGOPERF" || exit', *(trial.line for trial in trials)]) + "\n"
 
 
 def slurm_array(trials: list[Trial]) -> str:
-    """An array, each task one line of the script."""
+    """Return a Slurm job array with one trial per task."""
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={NAME}
 #SBATCH --array=1-{len(trials)}
@@ -106,12 +106,12 @@ esac
 
 
 def main(_: Any) -> None:
-    """Write the plan, or print it."""
+    """Write the scripts, or print trials.sh."""
     if FLAGS.dry_run:
         print(shell_script(plan()), end="")
         return
     if FLAGS.output_dir is None:
-        sys.exit("error: give --output_dir, where the scripts go, or --dry_run to see them")
+        sys.exit("error: set --output_dir to write the scripts, or --dry_run to print trials.sh")
     output = Path(FLAGS.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for name, text in (("trials.sh", shell_script(plan())), ("trials.slurm", slurm_array(plan()))):
@@ -121,6 +121,6 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output_dir", None, "where the scripts go")
-    flags.DEFINE_boolean("dry_run", False, "print trials.sh instead")
+    flags.DEFINE_string("output_dir", None, "folder for the scripts")
+    flags.DEFINE_boolean("dry_run", False, "print trials.sh instead of writing files")
     app.run(main)

@@ -1,8 +1,8 @@
-"""The published result of the competition: `python -m experiments.competition.published --output_dir=DIR`.
+"""Evaluate the published results of the competition: `python -m experiments.competition.published --output_dir=DIR`.
 
-From the published times to target of all submissions the scores, versions 0.5 and 0.6; from the published trials of Shampoo and
-the baseline the best of each study, which of the five points it was, its steps and seconds per step. A page and two pictures.
-Seconds and steps are those of AlgoPerf's logs (mlcommons/submissions_algorithms).
+Write a page with figures, for versions 0.5 and 0.6: the scores, from the published times to target of all submissions, and the
+best trial of each study of Shampoo and the baseline, with its point, steps, and seconds per step. Seconds and steps are from
+AlgoPerf's logs (mlcommons/submissions_algorithms).
 """
 
 from pathlib import Path
@@ -36,76 +36,76 @@ SHAMPOO = {"0.5": "shampoo_submission", "0.6": "shampoo"}
 
 
 def times(version: str) -> pd.DataFrame:
-    """Published seconds to target: a row for each submission, a column for each workload; inf is a miss."""
+    """Return the published seconds to target, one row per submission and one column per workload; inf is a miss."""
     return read_times(HERE / f"published_times_v{version.replace('.', '')}.csv")
 
 
 def trials(version: str) -> pd.DataFrame:
-    """Every published trial of Shampoo and the baseline on the workloads that count, points numbered from 1."""
+    """Return all published trials of Shampoo and the baseline on the scored workloads. Points count from 1."""
     table = pd.read_csv(HERE / "published_trials.csv", dtype={"version": str})
     scored = table["workload"].isin(times(version).columns) & (table["version"] == version)
     return table[scored].assign(submission=lambda t: t["submission"].replace({SHAMPOO[version]: "shampoo"}))
 
 
 def budgets() -> pd.Series:
-    """Seconds that each workload allows, NaN where that is not known."""
+    """Return the time budget of each workload in seconds, NaN if unknown."""
     return pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
 
 
 def scored(version: str) -> Comparison:
-    """All submissions together: profile, scores, and speed-ups over the baseline."""
+    """Compare all submissions: performance profile, scores, and speed-ups over the baseline."""
     return compare(times(version), budgets(), "baseline", HELD_OUT[version])
 
 
 def best_trials(version: str) -> pd.DataFrame:
-    """The trial of each study that reached the target first; the one that ran longest where none did."""
+    """Return the fastest trial of each study to reach the target or, if none did, the one with the most steps."""
     ordered = trials(version).sort_values(["time_to_target_sec", "last_step"], ascending=[True, False], kind="stable")
     return ordered.groupby(["submission", "workload", "study"], as_index=False).first()
 
 
 def study_table(version: str) -> pd.DataFrame:
-    """For each submission and workload: seconds to target of each study, their median, points, steps, and a step's time."""
+    """Return one row per submission and workload: seconds to target of each study, their median, points, steps, step time."""
     rows = []
     for (submission, workload), studies in best_trials(version).groupby(["submission", "workload"]):
         hits = np.isfinite(studies["time_to_target_sec"])
         row: dict[str, Any] = {"submission": submission, "workload": workload}
-        row["seconds of each study"] = listed(studies["time_to_target_sec"])
-        row["median"] = listed([studies["time_to_target_sec"].median()])
+        row["seconds in each study"] = join_numbers(studies["time_to_target_sec"])
+        row["median"] = join_numbers([studies["time_to_target_sec"].median()])
         row["point"] = " ".join(str(trial) if hit else "-" for trial, hit in zip(studies["trial"], hits, strict=True))
-        row["steps"] = listed(studies["steps_to_target"].where(hits, np.inf))
+        row["steps"] = join_numbers(studies["steps_to_target"].where(hits, np.inf))
         row["seconds per step"] = f"{studies['median_step_sec'].median():.3f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def listed(values: Any) -> str:
-    """Whole numbers, a dash for a miss."""
+def join_numbers(values: Any) -> str:
+    """Format values as integers, and infinite ones, which are misses, as dashes."""
     return " ".join(f"{value:.0f}" if np.isfinite(value) else "-" for value in values)
 
 
 def wins(version: str) -> pd.DataFrame:
-    """In how many studies each of Shampoo's points reached the target, and in how many it was the first to."""
+    """Return, per workload and point of Shampoo, "W of R": of R studies in which it reached the target, it was first in W."""
     mine = trials(version).query("submission == 'shampoo'")
     reached = mine[np.isfinite(mine["time_to_target_sec"])].groupby(["workload", "trial"]).size()
     best = best_trials(version).query("submission == 'shampoo'")
     first = best[np.isfinite(best["time_to_target_sec"])].groupby(["workload", "trial"]).size()
-    cells = pd.DataFrame({"first": first, "reached": reached}).fillna(0).astype(int)
-    words = cells["first"].astype(str) + " of " + cells["reached"].astype(str)
-    table = words.unstack("trial").reindex(sorted(mine["workload"].unique()))
+    counts = pd.DataFrame({"first": first, "reached": reached}).fillna(0).astype(int)
+    text = counts["first"].astype(str) + " of " + counts["reached"].astype(str)
+    table = text.unstack("trial").reindex(sorted(mine["workload"].unique()))
     return table.reindex(columns=range(1, 6)).fillna("-").rename(columns="point {}".format)
 
 
 def draw_trials(version: str, path: Path) -> None:
-    """Every trial of Shampoo: seconds to target over the baseline's published time, a colour for each point."""
+    """Plot the seconds to target of every trial of Shampoo over the baseline's published seconds, one color per point."""
     mine = trials(version).query("submission == 'shampoo'")
     names = sorted(mine["workload"].unique())
     published = times(version).loc["baseline", names]
     reference = published.where(np.isfinite(published), budgets().reindex(names)).fillna(np.inf)
     figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
     for point, rows in mine.groupby("trial"):
-        places = rows["workload"].map(names.index) + 0.12 * (point - 3)
+        x = rows["workload"].map(names.index) + 0.12 * (point - 3)
         ratio = rows["time_to_target_sec"] / rows["workload"].map(reference)
-        axes.plot(places, ratio.where(np.isfinite(ratio)), "o", alpha=0.7, label=f"point {point}")
+        axes.plot(x, ratio.where(np.isfinite(ratio)), "o", alpha=0.7, label=f"point {point}")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=25, ha="right")
     axes.set(ylabel="seconds to target over the baseline's", ylim=(0, None), title=f"version {version}; misses are left out")
@@ -116,11 +116,11 @@ def draw_trials(version: str, path: Path) -> None:
 
 
 def page(output: Path) -> str:
-    """The page; draws its pictures beside it."""
+    """Draw the figures into `output` and return the page."""
     parts = [
-        "# The published result",
-        "Made by `python -m experiments.competition.published` from AlgoPerf's published logs: times to target of all "
-        "submissions to the external tuning track, and all trials of Shampoo and of the baseline (NadamW).",
+        "# The published results",
+        "Written by `python -m experiments.competition.published` from AlgoPerf's published logs: the times to target of all "
+        "submissions to the external tuning track, and all trials of Shampoo and the baseline (NadamW).",
     ]
     for version in ("0.5", "0.6"):
         comparison = scored(version)
@@ -130,11 +130,11 @@ def page(output: Path) -> str:
             f"## Version {version}",
             comparison.scores.round(4).to_markdown(floatfmt=("", ".4f", ".2f")),
             f"![performance profiles](profile_{version}.png)",
-            "The best trial of each of the studies. A dash is a study, or a median, without the target.",
+            "The best trial of each study. A dash marks a study, or a median over studies, that missed the target.",
             study_table(version).to_markdown(index=False, disable_numparse=True),
-            "Shampoo's five points: in how many studies each was the first to reach the target, of those in which it did.",
+            "Shampoo's five points: in how many studies each reached the target first, out of those in which it reached it.",
             wins(version).to_markdown(disable_numparse=True),
-            "Every trial of Shampoo that reached the target, over the baseline's time (the budget, where it missed).",
+            "Every trial of Shampoo that reached the target: its time over the baseline's (the budget if the baseline missed).",
             f"![trials of Shampoo](trials_{version}.png)",
         ]
     return "\n\n".join(parts) + "\n"
@@ -150,5 +150,5 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output_dir", None, "where page and pictures go", required=True)
+    flags.DEFINE_string("output_dir", None, "folder for the page and the figures", required=True)
     app.run(main)

@@ -1,9 +1,9 @@
-"""Our weights beside those of the competition's code: `python -m experiments.competition.trajectories`.
+"""Compare our weights with those of the competition's code: `python -m experiments.competition.trajectories`.
 
-`trajectories.npz` holds, for each of 29 settings, initial weights, 40 gradients, learning rates, and the weights that the
-competition's code made of them (float32, one CPU, torch 2.5.1). Printed are the largest differences. In its own arithmetic a
-relative 1e-7 in the gradients moves weights by up to 1.1e-6; in `ill_conditioned`, where factors are rank-deficient and
-epsilon is 1e-8, by tens of percent: there nobody else's weights can be met.
+For each of 29 settings, `trajectories.npz` holds initial weights, 40 gradients, learning rates, and the weights that the
+competition's code produced (float32, one CPU, torch 2.5.1). Print the largest differences. In that code itself, a relative
+change of 1e-7 in the gradients changes weights by up to 1.1e-6. In `ill_conditioned`, where factors are rank-deficient and
+epsilon is 1e-8, it changes them by tens of percent, so that no other implementation can reproduce these weights.
 """
 
 import json
@@ -26,7 +26,7 @@ CHAOTIC = "ill_conditioned"
 
 
 def options(case: dict[str, Any]) -> dict[str, Any]:
-    """Our names for the settings of a case."""
+    """Return the settings of a case as `AdamWShampoo` options."""
     return {
         "betas": (case["beta1"], case["beta2"]),
         "eps": case["eps"],
@@ -50,13 +50,13 @@ def options(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(flat: Any, shapes: list[list[int]]) -> list[Tensor]:
-    """A flat array as tensors of the shapes."""
+    """Split a flat array into tensors of these shapes."""
     parts = np.split(flat, np.cumsum([prod(shape) for shape in shapes])[:-1])
     return [torch.tensor(part.reshape(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def replay(name: str, device: str = "cpu", perturb: Any = None, **changed: Any) -> Iterator[list[Tensor]]:
-    """The weights after each step of a case, `perturb` applied to each row of gradients first, options changed as named."""
+    """Yield the weights after each step of a case. `perturb` maps each flat gradient; `changed` overrides options."""
     case = CASES[name]
     params = [torch.nn.Parameter(w.to(device)) for w in split(DATA[f"{name}/init"], case["shapes"])]
     optimizer = AdamWShampoo(params, **{**options(case), **changed})
@@ -69,13 +69,13 @@ def replay(name: str, device: str = "cpu", perturb: Any = None, **changed: Any) 
 
 
 def differences(name: str, device: str = "cpu") -> Any:
-    """The largest difference of any weight from the competition's, an array with each step that is stored; NaN spreads."""
+    """Return the maximum absolute difference from the competition's weights at each stored step. NaN propagates."""
     stored = dict(zip(CASES[name]["param_steps"], DATA[f"{name}/param"], strict=True))
     found = []
     for t, weights in enumerate(replay(name, device)):
         if t in stored:
-            ours = torch.cat([w.flatten() for w in weights])
-            found.append((ours - torch.tensor(stored[t])).abs().max().item())
+            flat = torch.cat([w.flatten() for w in weights])
+            found.append((flat - torch.tensor(stored[t])).abs().max().item())
     return np.array(found)
 
 
@@ -90,7 +90,7 @@ def main(_: Any) -> None:
     table = pd.DataFrame(rows).T
     print(table.to_string(formatters={"largest weight": "{:.2f}".format, "difference": "{:.1e}".format}))
     others = table["difference"].drop(CHAOTIC)
-    print(f"\nlargest difference but for {CHAOTIC}: {others.max():.1e}, in {others.astype(float).idxmax()}")
+    print(f"\nlargest difference except in {CHAOTIC}: {others.max():.1e}, in {others.astype(float).idxmax()}")
 
 
 if __name__ == "__main__":
