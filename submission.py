@@ -1,10 +1,10 @@
 """AdamW-style Shampoo as an AlgoPerf submission for the external tuning ruleset.
 
-AlgoPerf calls the functions below; the mathematics is in `shampoo/`, the hyperparameters are in `tuning_search_space.json`.
+AlgoPerf calls the functions below. The optimizer is in `shampoo/`, and the hyperparameters are in `tuning_search_space.json`.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,14 @@ from algoperf import spec
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-if __package__:  # AlgoPerf imports submissions.external_tuning.NAME.submission from its root, or `submission` from this folder
-    from .shampoo import AdamWShampoo
-    from .shampoo.hyperparameters import optimizer_options
-    from .shampoo.schedule import warmup_cosine
-else:
+if TYPE_CHECKING or not __package__:  # imported as `submission` from this folder
     from shampoo import AdamWShampoo
     from shampoo.hyperparameters import optimizer_options
     from shampoo.schedule import warmup_cosine
+else:  # imported as `submissions.external_tuning.NAME.submission` from AlgoPerf's root
+    from .shampoo import AdamWShampoo
+    from .shampoo.hyperparameters import optimizer_options
+    from .shampoo.schedule import warmup_cosine
 
 BATCH_SIZES = {  # as published
     "criteo1tb": 262_144,
@@ -36,17 +36,17 @@ BATCH_SIZES = {  # as published
     "finewebedu_lm": 64,
     "mnist": 16,
 }
-LOGGING_PERIOD = 50  # steps; reading the loss waits for the device
+LOGGING_PERIOD = 50  # steps; reading the loss synchronizes with the device
 
 
 class Shampoo(AdamWShampoo):
-    """AdamWShampoo whose `state_dict()` never ends a run.
+    """AdamWShampoo whose `state_dict()` does not fail if the state of other ranks was not gathered.
 
-    AlgoPerf calls it on rank 0 alone, after `prepare_for_eval` gathered the state; with --skip_evals nothing gathers it.
+    AlgoPerf calls it on rank 0 alone. `prepare_for_eval` gathers the state, but does not run with --skip_evals.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """That of AdamWShampoo; without the state of the other ranks one that says so and cannot be loaded."""
+        """Return AdamWShampoo's state dict, or {"not_resumable": reason} if the state of other ranks was not gathered."""
         try:
             return super().state_dict()
         except RuntimeError as error:
@@ -54,16 +54,16 @@ class Shampoo(AdamWShampoo):
             return {"not_resumable": str(error)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As AdamWShampoo's. Raises ValueError for what was saved without the state of other ranks."""
+        """Load AdamWShampoo's state dict. Raise ValueError if it was saved without the state of other ranks."""
         if "not_resumable" in state_dict:
             raise ValueError(f"this checkpoint cannot be resumed from: {state_dict['not_resumable']}")
         super().load_state_dict(state_dict)
 
 
 def get_batch_size(workload_name: str) -> int:
-    """The global batch size. Raises ValueError for another name: AlgoPerf then asks for the base workload's."""
+    """Return the global batch size. Raise ValueError for an unknown name; AlgoPerf then asks for the base workload's."""
     if workload_name not in BATCH_SIZES:
-        raise ValueError(f"no batch size for the workload {workload_name!r}; there is one for {', '.join(BATCH_SIZES)}")
+        raise ValueError(f"no batch size for the workload {workload_name!r}; it must be one of {', '.join(BATCH_SIZES)}")
     return BATCH_SIZES[workload_name]
 
 
@@ -74,7 +74,7 @@ def init_optimizer_state(
     hyperparameters: spec.Hyperparameters,
     rng: spec.RandomState,
 ) -> spec.OptimizerState:
-    """The optimizer and its learning-rate schedule. Raises ValueError for a hyperparameter that is missing or out of range."""
+    """Return the optimizer and its learning rate schedule. Raise ValueError for an invalid or missing hyperparameter."""
     options = optimizer_options(hyperparameters._asdict())
     optimizer = Shampoo(model_params.parameters(), **options)
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
@@ -97,7 +97,7 @@ def update_params(
     rng: spec.RandomState,
     train_state: dict[str, Any] | None = None,
 ) -> spec.UpdateReturn:
-    """One step: loss and gradients of the batch, then the optimizer's update. Raises TrainingCompleteError as `take_step`."""
+    """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError as `take_step`."""
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -146,7 +146,7 @@ def prepare_for_eval(
     global_step: int,
     rng: spec.RandomState,
 ) -> spec.UpdateReturn:
-    """Gather the state of all ranks on rank 0 if a checkpoint follows. The weights that train are the weights to evaluate."""
+    """Gather the state of all ranks on rank 0 if a checkpoint follows. The weights do not change."""
     if saves_checkpoints():
         optimizer_state["optimizer"].consolidate()
     return optimizer_state, current_param_container, model_state
@@ -162,15 +162,15 @@ def data_selection(
     global_step: int,
     rng: spec.RandomState,
 ) -> dict[str, Tensor]:
-    """The next batch of the queue."""
+    """Return the next batch of the queue."""
     return next(input_queue)
 
 
 def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """The loss to differentiate on this rank, and the mean loss over the valid examples of the global batch.
+    """Return the loss to differentiate on this rank, and the mean loss over the valid examples of the global batch.
 
-    The latter is sum / count, both added up over ranks. DDP averages the ranks' gradients; so each rank's own sum is divided by
-    the global count and multiplied by the number of ranks.
+    With sums over ranks, the mean loss is sum(summed) / sum(count). The loss to differentiate is summed * ranks / sum(count),
+    because DDP averages gradients over ranks.
     """
     totals = torch.stack([summed.detach().float(), torch.as_tensor(count, dtype=torch.float32, device=summed.device)])
     ranks = 1
@@ -181,8 +181,8 @@ def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
 
 
 def take_step(optimizer: Shampoo, global_step: int) -> None:
-    """The optimizer's step. Raises TrainingCompleteError, which ends a trial in order and lets others go on, when too many
-    steps in a row had gradients with NaN or Inf.
+    """Take an optimizer step. Raise TrainingCompleteError after too many consecutive steps with NaN or Inf in the gradients; it
+    ends this trial cleanly, and other trials still run.
     """
     try:
         optimizer.step()
@@ -192,7 +192,7 @@ def take_step(optimizer: Shampoo, global_step: int) -> None:
 
 
 def average_gradients(model: torch.nn.Module) -> None:
-    """Make every gradient the mean over ranks, unless DDP did: AlgoPerf resumes with a model that it no longer wraps."""
+    """Average gradients over ranks unless DDP has done so: AlgoPerf does not wrap the model again when it resumes."""
     if not dist.is_initialized() or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -203,11 +203,12 @@ def average_gradients(model: torch.nn.Module) -> None:
 
 
 def saves_checkpoints() -> bool:
-    """Whether the run saves checkpoints: as the runner's flag says, if there is one."""
+    """Return the value of the runner's --save_checkpoints flag, or True if the flag is not defined."""
     return bool(flags.FLAGS["save_checkpoints"].value) if "save_checkpoints" in flags.FLAGS else True
 
 
 def gradient_norm(model: torch.nn.Module) -> Tensor:
-    """The Frobenius norm of all gradients together."""
+    """Return the L2 norm of all gradients together, a 0-d tensor."""
     norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

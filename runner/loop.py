@@ -1,4 +1,4 @@
-"""One trial: the training loop and clock of AlgoPerf. Steps, data and `prepare_for_eval` are timed; the rest is not."""
+"""One trial: AlgoPerf's training loop and clock. Data, steps, and `prepare_for_eval` count as submission time; nothing else."""
 
 import inspect
 import math
@@ -22,11 +22,11 @@ from .workloads.base import DEVICE, LaptopWorkload
 
 @dataclass(frozen=True)
 class Settings:
-    """What the flags say about every trial."""
+    """Settings from the flags, the same for every trial."""
 
     batch_size: int
     max_global_steps: int | None
-    eval_every_steps: int | None  # None: every eval_period_time_sec, as AlgoPerf does
+    eval_every_steps: int | None  # None: every eval_period_time_sec, as in AlgoPerf
     save_checkpoints: bool
     save_intermediate_checkpoints: bool
     torch_compile: bool
@@ -47,25 +47,27 @@ TRAIN_STATE: dict[str, Any] = {  # at the start of a trial
 
 
 def split(rng: np.ndarray, count: int) -> np.ndarray:
-    """(count, 2) random states from one; each is two ints below 2^31."""
-    return (np.random.SeedSequence(rng.tolist()).generate_state(2 * count) >> 1).astype(np.int64).reshape(count, 2)
+    """Return `count` random states derived from `rng`, shape (count, 2), int64 below 2^31."""
+    words: np.ndarray = np.random.SeedSequence(rng.tolist()).generate_state(2 * count)
+    return (words >> 1).astype(np.int64).reshape(count, 2)
 
 
 def fold_in(rng: np.ndarray, data: int) -> np.ndarray:
-    """A random state for each value of data."""
-    return split(np.append(rng, data), 1)[0]
+    """Return a random state derived from `rng` and `data`, shape (2,)."""
+    state: np.ndarray = split(np.append(rng, data), 1)[0]
+    return state
 
 
 def now() -> float:
-    """Seconds, after the device has finished its work; of several ranks the latest's, so that all decide alike."""
+    """Return the time in seconds once the device is idle: the latest rank's time, so that all ranks make the same decisions."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return max(distributed.of_all(time.time()))
+    return float(max(distributed.all_gather(time.time())))
 
 
 @dataclass
 class Trial:
-    """A trial under way."""
+    """The state of a running trial."""
 
     workload: LaptopWorkload
     submission: ModuleType
@@ -81,10 +83,10 @@ class Trial:
     global_step: int
     preemption_count: int
     start: float = 0.0
-    logger: MetricLogger | None = None  # of rank 0
+    logger: MetricLogger | None = None  # on rank 0 only
 
     def arguments(self) -> dict[str, Any]:
-        """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
+        """Return the arguments that AlgoPerf passes to both `update_params` and `prepare_for_eval`."""
         return {
             "workload": self.workload,
             "current_param_container": self.model,
@@ -107,11 +109,11 @@ def run_trial(
     settings: Settings,
     progress: Callable[[int, MetricLogger, bool, float], None],
 ) -> None:
-    """Train until both targets are reached, the time is up, or the submission or max_global_steps ends it.
+    """Train until both targets are reached, the time is up, or the submission or `max_global_steps` ends the trial.
 
-    The trial goes on from its folder's latest checkpoint, if there is one; one that is finished stays as it is. `progress` is
-    called after every step with the step, the logger, whose `last` holds the newest metrics, whether an evaluation followed,
-    and the submission's seconds so far. Of several ranks only the first logs, saves and calls it.
+    Resume from the latest checkpoint in `folder`, if there is one; leave a trial that has ended unchanged. After every step,
+    call `progress(global_step, logger, evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple
+    ranks, only rank 0 logs, saves, and calls `progress`.
     """
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
@@ -133,7 +135,7 @@ def run_trial(
         preemption_count=0,
     )
     restore(trial)
-    if finished(trial.train_state):
+    if has_ended(trial.train_state):
         return
     if distributed.rank() == 0:
         trial.logger = MetricLogger(folder, trial.global_step)
@@ -143,7 +145,7 @@ def run_trial(
 
     state = trial.train_state
     trial.start = state["last_step_end_time"] = now()
-    while not finished(state):
+    while not has_ended(state):
         select_rng, update_rng, prepare_rng, eval_rng = split(fold_in(rng, trial.global_step), 4)
         step_end = step(trial, select_rng, update_rng)
         evaluated = evaluation_due(trial, step_end) and evaluate(trial, prepare_rng, eval_rng)
@@ -158,23 +160,24 @@ def run_trial(
         save(trial)
 
 
-def finished(train_state: dict[str, Any]) -> bool:
-    """Whether the time is up, the trial was ended, or both targets are reached."""
-    over = train_state["training_complete"] or not train_state["is_time_remaining"]
-    return over or (train_state["validation_goal_reached"] and train_state["test_goal_reached"])
+def has_ended(train_state: dict[str, Any]) -> bool:
+    """Return True if training is complete, the time is up, or both targets are reached."""
+    if train_state["training_complete"] or not train_state["is_time_remaining"]:
+        return True
+    return bool(train_state["validation_goal_reached"] and train_state["test_goal_reached"])
 
 
 def evaluation_due(trial: Trial, step_end: float) -> bool:
-    """Whether to evaluate after a step: at the end, at the first step, and then by the clock or by the count of steps."""
+    """Return True if an evaluation is due: after the first and last step, and between them by step count or by the clock."""
     if trial.train_state["training_complete"]:
         return True
     if every := trial.settings.eval_every_steps:
         return trial.global_step == 1 or trial.global_step % every == 0
-    return step_end - trial.train_state["last_eval_time"] >= trial.workload.eval_period_time_sec
+    return bool(step_end - trial.train_state["last_eval_time"] >= trial.workload.eval_period_time_sec)
 
 
 def step(trial: Trial, select_rng: np.ndarray, update_rng: np.ndarray) -> float:
-    """One step of the submission, timed; returns the time at its end."""
+    """Run and time one step of the submission; return the time at its end."""
     batch = trial.submission.data_selection(
         trial.workload,
         trial.queue,
@@ -201,7 +204,7 @@ def step(trial: Trial, select_rng: np.ndarray, update_rng: np.ndarray) -> float:
 
 
 def evaluate(trial: Trial, prepare_rng: np.ndarray, eval_rng: np.ndarray) -> bool:
-    """Let the submission prepare, timed; then, while time remains, evaluate, log and save, untimed. Whether time remained."""
+    """Run and time `prepare_for_eval`. If time remains, evaluate, log, and save, untimed. Return whether time remained."""
     state, workload = trial.train_state, trial.workload
     if prepare_for_eval := getattr(trial.submission, "prepare_for_eval", None):
         before = now()
@@ -227,38 +230,38 @@ def evaluate(trial: Trial, prepare_rng: np.ndarray, eval_rng: np.ndarray) -> boo
     return True
 
 
-SAVED = ("train_state", "eval_results", "global_step", "preemption_count")
+SAVED_FIELDS = ("train_state", "eval_results", "global_step", "preemption_count")  # of Trial, as they are
 
 
 def save(trial: Trial) -> None:
-    """Write a checkpoint, if the run has checkpoints."""
+    """Write a checkpoint if --save_checkpoints is set."""
     if trial.settings.save_checkpoints:
         state = {
-            "model_params": bare(trial.model).state_dict(),
+            "model_params": unwrap(trial.model).state_dict(),
             "optimizer_state": {key: x.state_dict() for key, x in trial.optimizer_state.items() if hasattr(x, "state_dict")},
             "model_state": trial.model_state,
-            **{name: getattr(trial, name) for name in SAVED},
+            **{name: getattr(trial, name) for name in SAVED_FIELDS},
         }
         save_checkpoint(trial.folder, state, trial.settings.save_intermediate_checkpoints)
 
 
-def bare(model: Any) -> Any:
-    """The model that DDP wraps, so that a checkpoint does not depend on the number of ranks."""
+def unwrap(model: Any) -> Any:
+    """Return the model inside DDP, so that checkpoints do not depend on the number of ranks."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def restore(trial: Trial) -> None:
-    """Go back to the folder's latest checkpoint, if there is one: the same weights, the same state, the next batch of data."""
+    """Load the latest checkpoint in the trial's folder, if there is one, and skip the batches that were already used."""
     checkpoint = latest_checkpoint(trial.folder, DEVICE)
     if checkpoint is None:
         return
-    bare(trial.model).load_state_dict(checkpoint["model_params"])
+    unwrap(trial.model).load_state_dict(checkpoint["model_params"])
     for key, value in checkpoint["optimizer_state"].items():
         trial.optimizer_state[key].load_state_dict(value)
     trial.model_state = checkpoint["model_state"]
-    for name in SAVED:
+    for name in SAVED_FIELDS:
         setattr(trial, name, checkpoint[name])
-    if finished(trial.train_state):
+    if has_ended(trial.train_state):
         return
     trial.preemption_count += 1
     for name in ("measurements.csv", "eval_measurements.csv") if distributed.rank() == 0 else ():

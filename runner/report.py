@@ -1,4 +1,4 @@
-"""What a run came to: a table of its trials and a picture of their validation metric; what a suite came to: a page."""
+"""Reports: a table and a plot of the trials of a run, and a Markdown page about a suite."""
 
 import json
 import math
@@ -14,16 +14,26 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .score import MEASURES, Comparison, LogError, compare, median_times, miss_limits, read_studies, read_targets, write
+from .score import (
+    MEASURES,
+    Comparison,
+    LogError,
+    compare,
+    median_times,
+    miss_limits,
+    read_studies,
+    read_targets,
+    write_comparison,
+)
 from .workloads import workload_class
 from .workloads.base import LaptopWorkload
 
-Workload = LaptopWorkload | type[LaptopWorkload]  # targets are attributes of the class
+Workload = LaptopWorkload | type[LaptopWorkload]  # targets are class attributes, so no data is needed
 Trials = dict[int, tuple[dict[str, Any], pd.DataFrame]]  # number -> hyperparameters, evaluations
 
 
 def read_trials(folder: Path) -> Trials:
-    """Hyperparameters and evaluations of each trial of a run that was evaluated at least once."""
+    """Return the trials of a run that were evaluated at least once, in order of their numbers."""
     numbers = sorted(int(path.name.removeprefix("trial_")) for path in folder.glob("trial_*"))
     trials = {}
     for number in numbers:
@@ -33,22 +43,24 @@ def read_trials(folder: Path) -> Trials:
     return trials
 
 
-def to_target(workload: Workload, evaluations: pd.DataFrame) -> pd.Series | None:
-    """The first evaluation that reached the validation target, or None."""
+def first_reaching_target(workload: Workload, evaluations: pd.DataFrame) -> pd.Series | None:
+    """Return the first evaluation that reached the validation target, or None."""
     metric, target = evaluations[f"validation/{workload.target_metric_name}"], workload.validation_target_value
     reached = metric > target if workload.higher_is_better else metric < target
     return evaluations.loc[reached.idxmax()] if reached.any() else None
 
 
 def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
-    """A column for each trial: the hyperparameters in which trials differ, what the target took, the best metric."""
+    """Return a table with one column per trial: the hyperparameters that differ between trials, steps and seconds to the
+    target, the best validation metric, and the step of the last evaluation.
+    """
     metric = f"validation/{workload.target_metric_name}"
     columns = {}
     for number, (point, evaluations) in trials.items():
-        hit = to_target(workload, evaluations)
+        hit = first_reaching_target(workload, evaluations)
         best = evaluations[metric].max() if workload.higher_is_better else evaluations[metric].min()
         columns[f"trial {number}"] = {
-            **{name: brief(value) for name, value in point.items()},
+            **{name: format_value(value) for name, value in point.items()},
             "steps to target": "-" if hit is None else str(int(hit["global_step"])),
             "seconds to target": "-" if hit is None else f"{hit['score']:.1f}",
             f"best {metric}": f"{best:.4f}",
@@ -60,13 +72,13 @@ def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
     return table.drop(index=same)
 
 
-def brief(value: Any) -> str:
-    """Four digits of a float; else the value itself."""
+def format_value(value: Any) -> str:
+    """Format a float with four significant digits, and any other value with `str`."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path) -> None:
-    """Draw the validation metric of each trial over its submission time, with the target, as a PNG."""
+    """Plot the validation metric of each trial against submission time, with the target, and save the plot as a PNG."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     draw_curves(axes, workload, {f"trial {number}": evaluations for number, (_, evaluations) in trials.items()}, "score")
     axes.set(xlabel="submission time in seconds", title=name)
@@ -76,9 +88,10 @@ def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path)
 
 
 def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame], x: str) -> None:
-    """Draw the validation metric of each table of evaluations over its column x, and the target.
+    """Plot the validation metric of each table of evaluations against its column `x`, and the target as a dashed line.
 
-    The axis shows the target and the better two thirds of all values; first evaluations and diverging trials leave it.
+    The y-axis spans the better two thirds of all values, target included, so that early evaluations and diverging trials do
+    not compress it.
     """
     metric, target = f"validation/{workload.target_metric_name}", workload.validation_target_value
     for label, evaluations in curves.items():
@@ -93,18 +106,18 @@ def draw_curves(axes: Axes, workload: Workload, curves: dict[str, pd.DataFrame],
     axes.grid(alpha=0.3)
 
 
-# The page of a suite.
+# Suites
 
 
 def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
-    """Write README.md, tables and pictures of the suite in root into the folder; the table of scores, as text.
+    """Write README.md, tables, and plots of the suite in `root` to `folder`, and return the table of scores as text.
 
-    Speed-ups are over the reference, or the first submission where that one is missing. Raises LogError if no trial was
+    Speed-ups are over `reference`, or over the first submission if the suite does not have it. Raise LogError if no trial was
     evaluated.
     """
     trials = read_suite(root)
     if trials.empty:
-        raise LogError("\n".join(["no trial was evaluated", *errors(root)]))
+        raise LogError("\n".join(["no trial was evaluated", *list_errors(root)]))
     targets = read_targets(None)
     comparisons: dict[str, Comparison] = {}
     for by in MEASURES:
@@ -112,7 +125,7 @@ def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
         times = median_times(studies)
         limits = miss_limits(targets, studies.groupby("workload")["end"].max(), by)
         comparisons[by] = compare(times, limits, reference if reference in times.index else times.index[0])
-        write(comparisons[by], by, folder / by)
+        write_comparison(comparisons[by], by, folder / by)
     plot_suite(trials, folder / "curves.png")
     scores = pd.concat({f"by {by}": comparison.scores for by, comparison in comparisons.items()}, axis=1)
     scores.columns = [f"{name} {by}" for by, name in scores.columns]
@@ -120,12 +133,14 @@ def write_report(root: Path, folder: Path, reference: str = "nadamw") -> str:
         0, "targets reached", comparisons["steps"].times.apply(lambda row: f"{row.lt(math.inf).sum()} of {len(row)}", axis=1)
     )
     scores = scores.sort_values("score by steps", ascending=False).round(3)
-    (folder / "README.md").write_text(page(scores, comparisons, trials, [str(problem) for problem in problems], root))
-    return scores.to_string()
+    (folder / "README.md").write_text(format_page(scores, comparisons, trials, [str(problem) for problem in problems], root))
+    return str(scores.to_string())
 
 
 def read_suite(root: Path) -> pd.DataFrame:
-    """A row for each trial of a suite: its place, point and evaluations, its best metric, and what the target took."""
+    """Return one row per trial of a suite, with the columns submission, study, workload, trial, point (hyperparameters),
+    evaluations, best (validation metric), and steps (to the target; inf if not reached).
+    """
     rows = []
     for path in sorted(root.glob("*/study_*/*_pytorch/trial_*/eval_measurements.csv")):
         submission, study, run, trial = path.parent.relative_to(root).parts
@@ -134,8 +149,8 @@ def read_suite(root: Path) -> pd.DataFrame:
             evaluations = pd.read_csv(path)
             metric = evaluations[f"validation/{workload.target_metric_name}"]
         except (ValueError, KeyError):
-            continue  # read_studies names it
-        hit = to_target(workload, evaluations)
+            continue  # read_studies reports it
+        hit = first_reaching_target(workload, evaluations)
         rows.append(
             {
                 "submission": submission,
@@ -152,13 +167,13 @@ def read_suite(root: Path) -> pd.DataFrame:
 
 
 def best_trial(trials: pd.DataFrame) -> pd.Series:
-    """The trial with the fewest steps to the target; where none reached it, the one with the best metric."""
+    """Return the trial with the fewest steps to the target; ties, or trials that all miss it, go by the best metric."""
     sign = -1 if workload_class(trials["workload"].iloc[0]).higher_is_better else 1
     return trials.iloc[np.lexsort([sign * trials["best"], trials["steps"]])[0]]
 
 
 def plot_suite(trials: pd.DataFrame, path: Path) -> None:
-    """Draw a panel for each workload: validation metric over steps, a curve for each submission's best trial."""
+    """Plot one panel per workload: the validation metric of each submission's best trial against steps."""
     workloads = sorted(trials["workload"].unique())
     height = math.ceil(len(workloads) / 2)
     figure, panels = plt.subplots(height, 2, figsize=(11, 3.2 * height), layout="constrained", squeeze=False)
@@ -174,74 +189,74 @@ def plot_suite(trials: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-def page(
+def format_page(
     scores: pd.DataFrame, comparisons: dict[str, Comparison], trials: pd.DataFrame, problems: list[str], root: Path
 ) -> str:
-    """The report of a suite in Markdown; its pictures lie beside it."""
+    """Return the Markdown report of a suite; it links to the plots that `write_report` saves in the same folder."""
     order = list(scores.index)
     best = trials.groupby(["workload", "submission"])[trials.columns].apply(best_trial)
     rates = best["point"].map(lambda point: f"{point['learning_rate']:g}" if "learning_rate" in point else "-")
     metrics = best["best"].map("{:.4g}".format).unstack().reindex(columns=order)
-    metrics.insert(0, "target", [goal(workload_class(name)) for name in metrics.index])
+    metrics.insert(0, "target", [format_target(workload_class(name)) for name in metrics.index])
     return "\n".join(
         [
             "# The laptop suite",
             "",
-            circumstances(root, trials),
+            describe_suite(root, trials),
             "",
             scores.to_markdown(),
             "",
-            "The score is the area under the performance profile: 1 for a submission that is first on every workload.",
+            "The score is the area under the performance profile; it is 1 for a submission that is fastest on every workload.",
             "",
             "![profile by steps](steps/profile.png)",
             "",
             "![profile by time](time/profile.png)",
             "",
-            *table("Steps to target", comparisons["steps"].times[list(metrics.index)].T[order], "{:.0f}"),
-            *table("Seconds to target", comparisons["time"].times[list(metrics.index)].T[order], "{:.1f}"),
-            *table("Best validation metric of the best trial", metrics.fillna("-")),
-            *table("Learning rate of the best trial", rates.unstack().reindex(columns=order).fillna("-")),
+            *format_table("Steps to target", comparisons["steps"].times[list(metrics.index)].T[order], "{:.0f}"),
+            *format_table("Seconds to target", comparisons["time"].times[list(metrics.index)].T[order], "{:.1f}"),
+            *format_table("Best validation metric of the best trial", metrics.fillna("-")),
+            *format_table("Learning rate of the best trial", rates.unstack().reindex(columns=order).fillna("-")),
             "## Curves of the best trials",
             "",
             "![validation metric over steps](curves.png)",
             "",
             "## What failed",
             "",
-            *([f"- {text}" for text in (*errors(root), *problems)] or ["Nothing."]),
+            *([f"- {text}" for text in (*list_errors(root), *problems)] or ["Nothing."]),
             "",
         ]
     )
 
 
-def goal(workload: Workload) -> str:
-    """The validation target in words."""
+def format_target(workload: Workload) -> str:
+    """Return the validation target as text, such as "accuracy > 0.98"."""
     return f"{workload.target_metric_name} {'>' if workload.higher_is_better else '<'} {workload.validation_target_value:g}"
 
 
-def circumstances(root: Path, trials: pd.DataFrame) -> str:
-    """When, where and how often a suite ran; the machine is that of one of its trials."""
+def describe_suite(root: Path, trials: pd.DataFrame) -> str:
+    """Return the date, the machine, and the size of a suite as text; date and machine are those of one of its trials."""
     meta = json.loads(next(root.glob("*/study_*/*/trial_*/meta_data_0.json")).read_text())
     return (
-        f"{meta['date']}, {meta['cpu']}, {meta['cpu_count']} cores, torch {meta['torch_version']}. Studies: "
-        f"{trials['study'].nunique()}; trials of a submission on a workload: {trials['trial'].nunique()}, of which the best "
-        f"counts; threads of a trial: {meta['num_threads']}. Seconds are those of training, taken while other trials run on "
-        "the same cores: steps are the steadier measure."
+        f"{meta['date']}, {meta['cpu']}, {meta['cpu_count']} cores, torch {meta['torch_version']}. "
+        f"Studies: {trials['study'].nunique()}. Trials per submission and workload: {trials['trial'].nunique()}; the best one "
+        f"counts. Threads per trial: {meta['num_threads']}. Seconds are training time, measured while other trials run on the "
+        "same cores, so steps are the more reliable measure."
     )
 
 
-def errors(root: Path) -> list[str]:
-    """The trials that ended in an error."""
+def list_errors(root: Path) -> list[str]:
+    """Return the trials of a suite that ended in an error, each as "FOLDER: ERROR"."""
     paths = sorted(root.glob("*/study_*/*/trial_*/error.txt"))
     return [f"{path.parent.relative_to(root)}: {last_line(path)}" for path in paths]
 
 
-def table(title: str, values: pd.DataFrame, number: str | None = None) -> list[str]:
-    """Lines of Markdown: a heading and a table; numbers in the given format, misses as dashes."""
-    if number:
-        values = values.map(lambda x: number.format(x) if math.isfinite(x) else "-")
+def format_table(title: str, values: pd.DataFrame, number_format: str | None = None) -> list[str]:
+    """Return a heading and a Markdown table as lines. With `number_format`, values that are not finite become dashes."""
+    if number_format:
+        values = values.map(lambda x: number_format.format(x) if math.isfinite(x) else "-")
     return [f"## {title}", "", values.to_markdown(disable_numparse=True), ""]
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file, of an error the error itself."""
+    """Return the last line of a file; in a traceback this is the error."""
     return path.read_text().strip().splitlines()[-1]

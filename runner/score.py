@@ -1,8 +1,8 @@
 """AlgoPerf's score: time to target on each workload, the performance profile, and the area under it.
 
-`python -m runner.score --submission_directory=DIR --output_dir=OUT` reads DIR/SUBMISSION/study_K/WORKLOAD_FRAMEWORK/trial_N/,
-as AlgoPerf's runner and ours write it; `--times_csv=FILE` a ready table instead. The rules are those of AlgoPerf's
-documentation and scoring code, version 0.6; for held-out workloads 0.5.
+`python -m runner.score --submission_directory=DIR --output_dir=OUT` reads the folders
+DIR/SUBMISSION/study_K/WORKLOAD_FRAMEWORK/trial_N/ written by AlgoPerf's runner or this one; `--times_csv=FILE` reads a table of
+times instead. The rules are from AlgoPerf's documentation and scoring code, version 0.6, and 0.5 for held-out workloads.
 """
 
 import json
@@ -22,27 +22,28 @@ from absl import app, flags
 
 from .workloads import WORKLOADS, workload_class
 
-MAX_RATIO = 4.0  # a time beyond this multiple of the best submission's is a miss
+MAX_RATIO = 4.0  # a time above this multiple of the workload's best time is a miss
 NUM_TAUS = 100
 LOWER_IS_BETTER = ("loss", "wer", "rmse")
-MEASURES = {"time": "score", "steps": "global_step"}  # --by -> column; AlgoPerf's column `score` holds seconds
+MEASURES = {"time": "score", "steps": "global_step"}  # value of --by -> column; AlgoPerf's column `score` holds seconds
 
 FLAGS = flags.FLAGS
 
 
-# Times -> score. A table of times has a row for each submission and a column for each workload; inf is a miss.
+# From times to scores. A table of times has one row per submission and one column per workload; inf is a miss.
 
 
 def without_stragglers(times: pd.DataFrame) -> pd.DataFrame:
-    """Times with those above MAX_RATIO x the workload's best made inf."""
+    """Return the times, with inf in place of those above MAX_RATIO times the workload's best."""
     return times.mask(times > MAX_RATIO * times.min(), np.inf)
 
 
 def with_held_out(times: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
-    """The times on base workloads that count when each must hold on its held-out variant too; the rule of version 0.5.
+    """Return the times on base workloads, with a miss where the held-out variant is missed (version 0.5).
 
-    In this order: a held-out time becomes inf where its base's is; stragglers become inf; a base time becomes inf where its
-    held-out variant's is. The base of a variant is the longest workload name that its own name begins with.
+    In this order: a held-out time becomes inf where the base time is inf; times above MAX_RATIO times the best become inf; a
+    base time becomes inf where the held-out time is inf. The base of a variant is the workload with the longest name that
+    starts the variant's name.
     """
     base = [name for name in times.columns if name not in held_out]
     base_of = {variant: max((name for name in base if variant.startswith(name)), key=len) for variant in held_out}
@@ -56,36 +57,38 @@ def with_held_out(times: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
 
 
 def performance_profile(times: pd.DataFrame) -> pd.DataFrame:
-    """rho(tau), the share of workloads on which a submission is within tau of the best: a row for each tau, 1 to MAX_RATIO."""
+    """Return rho(tau), the share of workloads on which time / best time <= tau, for each tau from 1 to MAX_RATIO (rows) and
+    each submission (columns).
+    """
     ratios = without_stragglers(times) / times.min()
     taus = np.linspace(1.0, MAX_RATIO, NUM_TAUS)
     return pd.DataFrame([(ratios <= tau).mean(axis=1) for tau in taus], index=pd.Index(taus, name="tau"))
 
 
 def scores(profile: pd.DataFrame) -> pd.Series:
-    """The area under each submission's profile over its width: 1 for the best on every workload."""
+    """Return the area under each profile divided by MAX_RATIO - 1, best first; 1 is the best on every workload."""
     area = np.trapezoid(profile.to_numpy(), profile.index.to_numpy(), axis=0)
     return pd.Series(area / (MAX_RATIO - 1), index=profile.columns, name="score").sort_values(ascending=False)
 
 
 def speed_ups(times: pd.DataFrame, limits: pd.Series, reference: str) -> pd.Series:
-    """The geometric mean over workloads of the reference's time over each submission's; a miss counts as the limit + 1."""
+    """Return the geometric mean over workloads of (reference's time) / (submission's time); a miss counts as the limit + 1."""
     filled = times.apply(lambda row: row.where(np.isfinite(row), limits[times.columns] + 1), axis=1)
     ratios = filled.loc[reference] / filled
     return np.exp(np.log(ratios).mean(axis=1)).rename(f"speed-up over {reference}")
 
 
 class Comparison(NamedTuple):
-    """What a table of times comes to."""
+    """Scores of submissions, and the tables behind them."""
 
     times: pd.DataFrame  # as given
-    counted: pd.DataFrame  # what counts of them, without held-out workloads
+    counted: pd.DataFrame  # times that count, on base workloads only: see with_held_out
     profile: pd.DataFrame
-    scores: pd.DataFrame  # the score and, where limits are known, the speed-up; the best submission first
+    scores: pd.DataFrame  # score and, if limits are known, speed-up; best submission first
 
 
 def compare(times: pd.DataFrame, limits: pd.Series, reference: str, held_out: Sequence[str] = ()) -> Comparison:
-    """The profile, the scores, and speed-ups over the reference on the workloads whose limit, the value of a miss, is known."""
+    """Score a table of times. `limits` holds what a miss counts as; speed-ups cover only workloads with a limit."""
     counted = with_held_out(times, held_out)
     profile = performance_profile(counted)
     table = pd.DataFrame(scores(profile))
@@ -95,11 +98,11 @@ def compare(times: pd.DataFrame, limits: pd.Series, reference: str, held_out: Se
     return Comparison(times, counted, profile, table)
 
 
-# Logs -> times.
+# From logs to times
 
 
 class Target(NamedTuple):
-    """What a workload's validation metric has to reach, and the time budget where there is one."""
+    """A workload's validation metric, the value it must reach, and the time budget in seconds, if known."""
 
     metric: str
     value: float
@@ -107,11 +110,11 @@ class Target(NamedTuple):
 
 
 class LogError(ValueError):
-    """Something in the logs that cannot be scored."""
+    """A part of the logs cannot be scored."""
 
 
 def read_targets(path: Path | None) -> dict[str, Target]:
-    """The targets of this project's workloads and AlgoPerf's, or those of a file of the form of `algoperf_targets.json`."""
+    """Return the targets in a file like `algoperf_targets.json`, or without a path those of AlgoPerf and the laptop suite."""
     entries = json.loads((path or Path(__file__).with_name("algoperf_targets.json")).read_text())
     targets = {
         name: Target(entry["target_metric_name"], entry["validation_target_value"], entry.get("max_allowed_runtime_sec"))
@@ -125,7 +128,9 @@ def read_targets(path: Path | None) -> dict[str, Target]:
 
 
 def read_trial(folder: Path, target: Target, by: str) -> dict[str, float]:
-    """What the target took (inf: not reached), after how many evaluations, and where the trial ended. Raises LogError."""
+    """Return {"value": time or steps to the target, "evaluations": number of evaluations before that, "end": time or steps of
+    the last evaluation}; the first two are inf if the target was not reached. Raise LogError for an unreadable trial.
+    """
     path = folder / "eval_measurements.csv"
     try:
         text = path.read_text()
@@ -143,29 +148,29 @@ def read_trial(folder: Path, target: Target, by: str) -> dict[str, float]:
     return {"value": value, "evaluations": np.inf if first is None else first, "end": float(table[column].iloc[-1])}
 
 
-def numbered(folder: Path, prefix: str) -> list[Path]:
-    """The folder's entries PREFIX0, PREFIX1, ... in the order of their numbers."""
+def numbered_entries(folder: Path, prefix: str) -> list[Path]:
+    """Return the entries PREFIX0, PREFIX1, ... of a folder in order of their numbers."""
     found = [path for path in folder.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def read_studies(root: Path, targets: dict[str, Target], by: str, choice: str) -> tuple[pd.DataFrame, list[LogError]]:
-    """A row for each submission, study and workload, with what the target took in the best trial; and what could not be read.
+    """Return one row per submission, study, and workload with the best trial's time or steps to the target, and the problems.
 
-    The best trial is the one with the least time or steps; with choice "evals" the one with the fewest evaluations, the first
-    of several, as AlgoPerf's published code has it.
+    The best trial is the one with the least time or steps, or with choice "evals" the first one with the fewest evaluations to
+    the target, as in AlgoPerf's published code. Raise LogError if there are no logs at all.
     """
     rows: list[dict[str, Any]] = []
     problems: list[LogError] = []
     for submission in sorted(path for path in root.iterdir() if path.is_dir()):
-        for study in numbered(submission, "study_"):
+        for study in numbered_entries(submission, "study_"):
             for folder in sorted(path for path in study.iterdir() if path.is_dir()):
                 workload = folder.name.rsplit("_", 1)[0]
                 if workload not in targets:
-                    problems.append(LogError(f"{folder}: there is no target for the workload {workload!r}"))
+                    problems.append(LogError(f"{folder}: no target for the workload {workload!r}; --workload_targets sets one"))
                     continue
                 trials = []
-                for trial in numbered(folder, "trial_"):
+                for trial in numbered_entries(folder, "trial_"):
                     try:
                         trials.append(read_trial(trial, targets[workload], by))
                     except LogError as problem:
@@ -173,9 +178,9 @@ def read_studies(root: Path, targets: dict[str, Target], by: str, choice: str) -
                 best = min(trials, key=lambda x: x["evaluations" if choice == "evals" else "value"], default={"value": np.inf})
                 ends = [trial["end"] for trial in trials]
                 row = {"submission": submission.name, "study": study.name, "workload": workload, "value": best["value"]}
-                rows.append({**row, "trials": len(numbered(folder, "trial_")), "end": max(ends, default=np.nan)})
+                rows.append({**row, "trials": len(numbered_entries(folder, "trial_")), "end": max(ends, default=np.nan)})
     if not rows:
-        raise LogError(f"{root} holds no SUBMISSION/study_K/WORKLOAD_FRAMEWORK folders")
+        raise LogError(f"{root} contains no logs; they must be in SUBMISSION/study_K/WORKLOAD_FRAMEWORK/trial_N")
     studies = pd.DataFrame(rows)
     for (submission_name, workload), group in studies.groupby(["submission", "workload"]):
         if group["trials"].nunique() > 1:
@@ -185,26 +190,26 @@ def read_studies(root: Path, targets: dict[str, Target], by: str, choice: str) -
 
 
 def median_times(studies: pd.DataFrame) -> pd.DataFrame:
-    """The median over studies; a workload on which a submission was not run is a miss."""
+    """Return the median time over studies; a workload that a submission did not run on is a miss."""
     return studies.pivot_table(index="submission", columns="workload", values="value", aggfunc="median").fillna(np.inf)
 
 
 def miss_limits(targets: dict[str, Target], ends: pd.Series, by: str) -> pd.Series:
-    """What a miss counts as: by time the workload's budget; otherwise, and where none is known, the latest end of a trial."""
+    """Return what a miss counts as: the workload's budget if `by` is "time" and it is known, else the latest end of a trial."""
     budgets = pd.Series({name: target.budget for name, target in targets.items() if target.budget and by == "time"})
     return pd.concat([budgets, ends[~ends.index.isin(budgets.index)]])
 
 
 def read_times(path: Path) -> pd.DataFrame:
-    """A table of times: submissions in the first column, a column for each workload; an empty cell or inf is a miss."""
+    """Read a table of times: submissions in the first column, then one column per workload; an empty cell or inf is a miss."""
     return pd.read_csv(path, index_col=0).astype(float).fillna(np.inf)
 
 
-# Pictures and the command.
+# Plots and the command
 
 
 def plot_profile(profile: pd.DataFrame, by: str, path: Path) -> None:
-    """Draw rho(tau) of each submission, best score first."""
+    """Plot rho(tau) of each submission, best score first."""
     ranking = scores(profile)
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for name, color in zip(ranking.index, colors(len(ranking)), strict=True):
@@ -219,7 +224,7 @@ def plot_profile(profile: pd.DataFrame, by: str, path: Path) -> None:
 
 
 def plot_times(times: pd.DataFrame, by: str, path: Path) -> None:
-    """A bar for each workload and submission, over the workload's best; none for a miss."""
+    """Plot one bar per workload and submission: time / best time, or no bar for a miss."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     (times / times.min()).replace(np.inf, np.nan).T.plot.bar(ax=axes, width=0.85, legend=False, color=colors(len(times)))
     axes.set(xlabel="", ylabel=f"{by} to target over the best", title="no bar: target not reached")
@@ -229,8 +234,8 @@ def plot_times(times: pd.DataFrame, by: str, path: Path) -> None:
     plt.close(figure)
 
 
-def write(comparison: Comparison, by: str, folder: Path) -> None:
-    """Write the tables as CSV and the pictures as PNG into the folder."""
+def write_comparison(comparison: Comparison, by: str, folder: Path) -> None:
+    """Write the tables as CSV files and the plots as PNG files to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("times", "profile", "scores"):
         getattr(comparison, name).to_csv(folder / f"{name}.csv")
@@ -239,29 +244,31 @@ def write(comparison: Comparison, by: str, folder: Path) -> None:
 
 
 def colors(count: int) -> list[tuple[float, ...]]:
-    """As many colours, in the same order every time."""
+    """Return the first `count` of 20 colors, always in the same order."""
     return [plt.colormaps["tab20"](i % 20) for i in [*range(0, 20, 2), *range(1, 20, 2)][:count]]
 
 
 def define_flags() -> None:
-    """The flags of this command."""
-    flags.DEFINE_string("submission_directory", None, "SUBMISSION/study_K/WORKLOAD_FRAMEWORK/trial_N folders")
+    """Define the flags of this command."""
+    flags.DEFINE_string("submission_directory", None, "folder that holds SUBMISSION/study_K/WORKLOAD_FRAMEWORK/trial_N")
     flags.DEFINE_string(
-        "times_csv", None, "a ready table instead: a row per submission, a column per workload, inf or empty: miss"
+        "times_csv", None, "table of times to read instead: one row per submission, one column per workload; inf or empty: miss"
     )
-    flags.DEFINE_string("output_dir", None, "where CSV and PNG files go", required=True)
+    flags.DEFINE_string("output_dir", None, "folder for the CSV and PNG files", required=True)
     flags.DEFINE_enum("by", "time", list(MEASURES), "what to compare")
-    flags.DEFINE_enum("trial_choice", "best", ["best", "evals"], "the trial of a study that counts: see read_studies")
-    flags.DEFINE_list("held_out", [], "held-out workloads, which their base workloads must hold on too")
-    flags.DEFINE_string("workload_targets", None, "JSON with targets, in the form of runner/algoperf_targets.json")
-    flags.DEFINE_string("reference", None, "the submission that speed-ups are over; the first in the table by default")
-    flags.DEFINE_boolean("strict", False, "fail on anything in the logs that cannot be scored")
+    flags.DEFINE_enum(
+        "trial_choice", "best", ["best", "evals"], "trial of a study that counts: fastest, or fewest evaluations to the target"
+    )
+    flags.DEFINE_list("held_out", [], "held-out workloads; a miss on one is a miss on its base workload")
+    flags.DEFINE_string("workload_targets", None, "JSON file with targets, in the format of runner/algoperf_targets.json")
+    flags.DEFINE_string("reference", None, "submission to compute speed-ups over (default: the first in the table)")
+    flags.DEFINE_boolean("strict", False, "fail if any part of the logs cannot be scored")
 
 
 def main(_: Sequence[str]) -> None:
-    """Read times, score them, write tables and pictures."""
+    """Read times, score them, and write tables and plots."""
     if (FLAGS.submission_directory is None) == (FLAGS.times_csv is None):
-        sys.exit("error: give either --submission_directory or --times_csv")
+        sys.exit("error: pass exactly one of --submission_directory and --times_csv")
     try:
         targets = read_targets(Path(FLAGS.workload_targets) if FLAGS.workload_targets else None)
         ends, problems = pd.Series(dtype=float), list[LogError]()
@@ -271,22 +278,22 @@ def main(_: Sequence[str]) -> None:
             studies, problems = read_studies(Path(FLAGS.submission_directory), targets, FLAGS.by, FLAGS.trial_choice)
             times, ends = median_times(studies), studies.groupby("workload")["end"].max()
         if unknown := set(FLAGS.held_out) - set(times.columns):
-            raise LogError(f"--held_out names {sorted(unknown)}; the workloads are {sorted(times.columns)}")
+            raise LogError(f"--held_out has unknown workloads {sorted(unknown)}; it may have {sorted(times.columns)}")
         if (reference := FLAGS.reference or times.index[0]) not in times.index:
-            raise LogError(f"--reference is {reference!r}; the submissions are {', '.join(times.index)}")
+            raise LogError(f"--reference is {reference!r}; it must be one of {', '.join(times.index)}")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     for problem in problems:
         print(f"not scored: {problem}")
     if problems and FLAGS.strict:
-        sys.exit(f"error: --strict, and {len(problems)} things could not be scored")
+        sys.exit(f"error: --strict is set, and {len(problems)} parts of the logs could not be scored")
 
     comparison = compare(times, miss_limits(targets, ends, FLAGS.by), reference, FLAGS.held_out)
     output = Path(FLAGS.output_dir)
-    write(comparison, FLAGS.by, output)
+    write_comparison(comparison, FLAGS.by, output)
     unit = "seconds" if FLAGS.by == "time" else "steps"
     print(f"{unit} to target\n{times.round(1).T.to_string()}\n\n{comparison.scores.round(4).to_string()}\n")
-    print(f"tables and pictures: {output}")
+    print(f"tables and plots: {output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Search spaces: a list of points, or a range for each hyperparameter."""
+"""Search spaces: a list of points, or a range per hyperparameter."""
 
 import collections
 import json
@@ -10,10 +10,11 @@ from scipy.stats import qmc
 
 
 def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
-    """The first points of a search space as namedtuples: at most num_trials of a list, num_trials samples of a range space.
+    """Return points of a search space as namedtuples: the first `num_trials` points of a list, or `num_trials` samples from
+    ranges.
 
-    A range space maps each name to {"feasible_points": [...]} or {"min": a, "max": b, "scaling": "linear" or "log"}; samples
-    follow scipy's scrambled Halton sequence with the seed. Raises ValueError, naming file, key and remedy.
+    A space of ranges maps each name to {"feasible_points": [...]} or {"min": a, "max": b, "scaling": "linear" or "log"}. It is
+    sampled with scipy's scrambled Halton sequence. Raise ValueError for a file that is not a valid search space.
     """
     try:
         space = json.loads(Path(path).read_text())
@@ -38,7 +39,7 @@ def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
 
 
 def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
-    """The value of a hyperparameter at x in [0, 1)."""
+    """Map x in [0, 1) to a value of the hyperparameter `name`. Raise ValueError for an invalid range."""
     if isinstance(space, dict) and space.keys() == {"feasible_points"} and isinstance(space["feasible_points"], list):
         if values := space["feasible_points"]:
             return values[int(x * len(values))]
@@ -49,6 +50,6 @@ def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
         if scaling == "log" and 0 < low <= high:
             return float(low * math.exp(x * math.log(high / low)))
     raise ValueError(
-        f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}}, not empty, or '
-        '{"min": a, "max": b, "scaling": s} with a <= b and s "linear" or, where a > 0, "log"'
+        f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}} with at least one point, or '
+        '{"min": a, "max": b, "scaling": s} with a <= b, where s is "linear", or "log" if a > 0'
     )

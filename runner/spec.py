@@ -1,8 +1,8 @@
-"""Stand-in for `algoperf.spec`: the names and signatures that a submission and a workload meet, without jax.
+"""Stand-in for `algoperf.spec`: the names and signatures that a submission and a workload use, without jax.
 
-Left out are `Workload.output_activation_fn`, which needs jax, and the empty definitions of what a submission has to define:
-`init_optimizer_state`, `update_params`, `prepare_for_eval`, `data_selection`, `get_batch_size`. What is here has AlgoPerf's
-names, values, parameters and defaults; type annotations are looser.
+Omitted are `Workload.output_activation_fn`, which needs jax, and the stubs of the functions that a submission must define:
+`init_optimizer_state`, `update_params`, `prepare_for_eval`, `data_selection`, `get_batch_size`. Everything else has AlgoPerf's
+names, values, parameters, and defaults; type annotations are looser.
 """
 
 import abc
@@ -10,11 +10,9 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-
 
 class LossType(enum.Enum):
-    """What a workload minimises."""
+    """The loss that a workload minimizes."""
 
     SOFTMAX_CROSS_ENTROPY = 0
     SIGMOID_CROSS_ENTROPY = 1
@@ -24,14 +22,14 @@ class LossType(enum.Enum):
 
 
 class ForwardPassMode(enum.Enum):
-    """Whether the model trains: dropout, batch statistics, gradients."""
+    """Whether a forward pass is for training (dropout, batch statistics, gradients) or evaluation."""
 
     TRAIN = 0
     EVAL = 1
 
 
 class ParameterType(enum.Enum):
-    """What a parameter is for."""
+    """The role of a parameter in the model."""
 
     WEIGHT = 0
     BIAS = 1
@@ -51,7 +49,7 @@ class ParameterType(enum.Enum):
 
 
 class ShapeTuple:
-    """A shape that is a leaf of a tree of shapes."""
+    """A shape as a leaf in a tree of shapes."""
 
     def __init__(self, shape_tuple: tuple[int, ...]):
         self.shape_tuple = shape_tuple
@@ -70,7 +68,7 @@ Shape = tuple[int, ...] | ShapeTuple
 ParameterKey = str
 ParameterShapeTree = dict[str, Any]
 ParameterTypeTree = dict[str, Any]
-ParameterContainer = dict[str, Any] | nn.Module
+ParameterContainer = Any
 RandomState = Any
 OptimizerState = dict[str, Any] | tuple[Any, Any]
 Hyperparameters = Any
@@ -90,7 +88,7 @@ class TrainingCompleteError(Exception):
 
 
 class Workload(abc.ABC):
-    """A data set, a model, a loss, a metric and its target."""
+    """A dataset, a model, a loss, and a metric with its targets."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._param_shapes: ParameterShapeTree | None = None
@@ -99,21 +97,21 @@ class Workload(abc.ABC):
         self.metrics_logger: Any = None
 
     def attach_metrics_logger(self, metrics_logger: Any) -> None:
-        """Give the submission something to log its metrics to."""
+        """Set the logger that the submission logs its metrics to."""
         self.metrics_logger = metrics_logger
 
     @property
     def param_shapes(self) -> ParameterShapeTree:
-        """The shape of each parameter, after `init_model_fn`."""
+        """The shape of each parameter. Raise ValueError before `init_model_fn`."""
         if self._param_shapes is None:
-            raise ValueError("param_shapes is known only after init_model_fn() was called")
+            raise ValueError("param_shapes is not set; call init_model_fn() first")
         return self._param_shapes
 
     @property
     def model_params_types(self) -> ParameterTypeTree:
-        """The type of each parameter, after `init_model_fn`."""
+        """The type of each parameter. Raise ValueError before `init_model_fn`."""
         if self._param_types is None:
-            raise ValueError("model_params_types is known only after init_model_fn() was called")
+            raise ValueError("model_params_types is not set; call init_model_fn() first")
         return self._param_types
 
     @property
@@ -162,11 +160,11 @@ class Workload(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def max_allowed_runtime_sec(self) -> int: ...
+    def max_allowed_runtime_sec(self) -> float: ...
 
     @property
     @abc.abstractmethod
-    def eval_period_time_sec(self) -> int: ...
+    def eval_period_time_sec(self) -> float: ...
 
     @property
     @abc.abstractmethod
@@ -240,7 +238,7 @@ class Workload(abc.ABC):
         imagenet_v2_data_dir: str | None,
         global_step: int,
     ) -> dict[str, float]:
-        """Metrics of all three splits as `SPLIT/METRIC`, and the sizes of the last two."""
+        """Return the metrics of train, validation, and test as "SPLIT/METRIC", and "SPLIT/num_examples" of the last two."""
         results: dict[str, float] = {}
         sizes = {
             "train": self.num_eval_train_examples,

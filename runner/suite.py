@@ -1,9 +1,10 @@
-"""`python -m runner.suite`: many submissions on many workloads, AlgoPerf's score of them, and a page that reports it.
+"""`python -m runner.suite`: run several submissions on several workloads, score them as AlgoPerf does, and write a report.
 
-Trials lie where `runner.score` reads them: EXPERIMENT_DIR/SUBMISSION/study_K/WORKLOAD_pytorch/trial_N. Each is a process of its
-own, `python -m runner` with the flags that its folder records. A trial ends at its targets, after step_hint / 0.75 steps, which
-is AlgoPerf's budget (its step_hint is three quarters of the steps that the time allows), or at the workload's own budget. The
-same command continues a suite: finished trials stay, interrupted ones go on, failed ones are tried again.
+Trials are in EXPERIMENT_DIR/SUBMISSION/study_K/WORKLOAD_pytorch/trial_N, where `runner.score` reads them. Each is a separate
+`python -m runner` process whose flags are recorded in its folder. A trial ends when both targets are reached, after
+step_hint / 0.75 steps (AlgoPerf's budget: its step_hint is three quarters of the steps that fit in the time), or when the
+workload's time is up. The same command resumes a suite: it keeps finished trials, resumes interrupted ones, and retries failed
+ones.
 """
 
 import collections
@@ -22,22 +23,22 @@ from absl import app, flags
 from tqdm import tqdm
 
 from .logs import latest_checkpoint
-from .loop import finished
+from .loop import has_ended
 from .report import last_line, write_report
 from .search_space import read_points
 from .workloads import WORKLOADS, workload_class
 
-HERE = Path(__file__).parent
-OURS = f"shampoo={HERE.parent / 'submission.py'}:{HERE / 'tuning_search_space.json'}"
-BASELINES = sorted(str(path) for path in HERE.glob("baselines/*/submission.py"))
+RUNNER = Path(__file__).parent
+OURS = f"shampoo={RUNNER.parent / 'submission.py'}:{RUNNER / 'tuning_search_space.json'}"
+BASELINES = sorted(str(path) for path in RUNNER.glob("baselines/*/submission.py"))
 QUICK = ["fsdd_lstm", "mnist_vit", "solubility_gnn"], 2  # workloads, trials
-TRIAL_TIMEOUT = 1800  # seconds; a trial that hangs is a miss
+TRIAL_TIMEOUT = 1800  # seconds; a trial that hangs counts as failed
 
 FLAGS = flags.FLAGS
 
 
 class Entry(NamedTuple):
-    """A submission under its name in the tables."""
+    """A submission, its search space, and its name in the tables."""
 
     name: str
     submission: Path
@@ -45,7 +46,7 @@ class Entry(NamedTuple):
 
 
 class TrialRun(NamedTuple):
-    """A trial to run: a point of an entry's search space, counted from 1."""
+    """A trial to run: point `number`, counted from 1, of the entry's search space."""
 
     entry: Entry
     study: int
@@ -53,18 +54,19 @@ class TrialRun(NamedTuple):
     number: int
 
     def folder(self, root: Path) -> Path:
-        """Where its files are."""
+        """Return the folder of the trial's files."""
         return root / self.entry.name / f"study_{self.study}" / f"{self.workload}_pytorch" / f"trial_{self.number}"
 
 
 def parse_entry(text: str) -> Entry:
-    """[NAME=]PATH[:SEARCH_SPACE]; by default the name of the file's folder, and tuning_search_space.json beside the file.
+    """Parse [NAME=]PATH[:SEARCH_SPACE]. The default name is that of the file's folder; the default search space is
+    tuning_search_space.json in that folder.
 
-    Raises ValueError for a file that does not exist, and for a name that is no name of a folder.
+    Raise ValueError for a file that does not exist, or a name that cannot be the name of a folder.
     """
     name, _, paths = text.rpartition("=")
     if name and (Path(name).name != name or name == ".."):
-        raise ValueError(f"--submissions has the name {name!r}; it must be the name of a folder, without slashes")
+        raise ValueError(f"--submissions has the name {name!r}; it must be a plain folder name, without slashes")
     path, _, space = paths.partition(":")
     submission = Path(path).expanduser().resolve()
     search_space = Path(space).expanduser().resolve() if space else submission.with_name("tuning_search_space.json")
@@ -77,9 +79,10 @@ def parse_entry(text: str) -> Entry:
 def plan(
     entries: Sequence[Entry], workloads: Sequence[str], num_studies: int, num_trials: int, rng_seed: int, root: Path
 ) -> list[TrialRun]:
-    """All trials, study by study and workload by workload.
+    """Return all trials, ordered by study, then by workload.
 
-    Raises ValueError for unknown workloads, names that occur twice, spaces with too few points, and folders with other points.
+    Raise ValueError for an unknown workload, a repeated name, a search space with too few points, or a trial folder that holds
+    another point.
     """
     for workload in workloads:
         workload_class(workload)
@@ -92,7 +95,9 @@ def plan(
     }
     for (entry, _), space in points.items():
         if len(space) < num_trials:
-            raise ValueError(f"{entry.search_space} has {len(space)} points; --num_tuning_trials={num_trials} needs as many")
+            raise ValueError(
+                f"{entry.search_space} has {len(space)} points; --num_tuning_trials={num_trials} needs at least {num_trials}"
+            )
     runs = [
         TrialRun(entry, study, workload, number)
         for study in range(1, num_studies + 1)
@@ -104,20 +109,20 @@ def plan(
         saved = run.folder(root) / "hparams.json"
         if saved.exists() and json.loads(saved.read_text()) != points[run.entry, run.study][run.number - 1]._asdict():
             raise ValueError(
-                f"{saved} is not point {run.number} of {run.entry.search_space}; give another --experiment_dir, or the space "
-                "that it was begun with"
+                f"{saved} is not point {run.number} of {run.entry.search_space}; give another --experiment_dir, or the search "
+                "space that the suite was started with"
             )
     return runs
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a trial has come to its end without an error."""
+    """Return True if a trial has ended without an error."""
     checkpoint = None if (folder / "error.txt").exists() else latest_checkpoint(folder, torch.device("cpu"))
-    return checkpoint is not None and finished(checkpoint["train_state"])
+    return checkpoint is not None and has_ended(checkpoint["train_state"])
 
 
 def command(run: TrialRun, root: Path) -> list[str]:
-    """The command line of a trial."""
+    """Return the command line that runs a trial."""
     return [
         *(sys.executable, "-m", "runner"),
         f"--workload={run.workload}",
@@ -135,17 +140,17 @@ def command(run: TrialRun, root: Path) -> list[str]:
 
 
 def run_trial(run: TrialRun, root: Path, threads: int) -> str | None:
-    """Run a trial to its end; the last line of its error, if it failed. The whole error is in error.txt in its folder."""
+    """Run a trial to its end. If it fails, return the last line of its error; error.txt in its folder has the full error."""
     folder = run.folder(root)
     if folder.exists() and not any(folder.glob("checkpoint_*")):
-        shutil.rmtree(folder)  # there is nothing to go on from
+        shutil.rmtree(folder)  # there is no checkpoint to resume from
     error_file = folder / "error.txt"
     error_file.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
         result = subprocess.run(
             command(run, root),
-            cwd=HERE.parent,
+            cwd=RUNNER.parent,
             env=environment,
             capture_output=True,
             text=True,
@@ -163,7 +168,7 @@ def run_trial(run: TrialRun, root: Path, threads: int) -> str | None:
 
 
 def run_trials(runs: Sequence[TrialRun], root: Path, max_workers: int) -> None:
-    """Run what is not finished, max_workers processes at a time, and say which trials failed."""
+    """Run the trials that are not finished, `max_workers` at a time, and print those that fail."""
     threads = max(1, (os.cpu_count() or 1) // max_workers)
     left = [run for run in runs if not is_finished(run.folder(root))]
     print(f"{len(runs)} trials, {len(runs) - len(left)} finished; {max_workers} at a time, {threads} threads each", flush=True)
@@ -176,11 +181,11 @@ def run_trials(runs: Sequence[TrialRun], root: Path, max_workers: int) -> None:
                 bar.update()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            sys.exit("interrupted; the same command goes on")
+            sys.exit("interrupted; run the same command again to resume")
 
 
 def main(_: Sequence[str]) -> None:
-    """Check all that can be checked before the first trial, run the trials, write the report."""
+    """Check everything that can be checked before the first trial, run the trials, and write the report."""
     workloads, num_trials = QUICK if FLAGS.quick else (FLAGS.workloads, FLAGS.num_tuning_trials)
     root = Path(FLAGS.experiment_dir).expanduser().resolve()
     try:
@@ -199,16 +204,16 @@ def main(_: Sequence[str]) -> None:
 
 
 def define_flags() -> None:
-    """The flags of this command."""
-    flags.DEFINE_list("submissions", [OURS, *BASELINES], "which, each as [NAME=]PATH[:SEARCH_SPACE]")
-    flags.DEFINE_list("workloads", ["all"], f"which of {', '.join(WORKLOADS)}")
-    flags.DEFINE_integer("num_studies", 1, "repetitions with other seeds", lower_bound=1)
-    flags.DEFINE_integer("num_tuning_trials", 5, "points of each search space, its first ones", lower_bound=1)
-    flags.DEFINE_integer("eval_every_steps", 25, "steps from evaluation to evaluation", lower_bound=1)
-    flags.DEFINE_integer("rng_seed", 0, "study K has the seed rng_seed + K, in all submissions alike", lower_bound=0)
-    flags.DEFINE_integer("max_workers", os.cpu_count() or 1, "trials at a time; they share the cores", lower_bound=1)
-    flags.DEFINE_boolean("quick", False, f"only {', '.join(QUICK[0])}, {QUICK[1]} trials each")
-    flags.DEFINE_string("experiment_dir", None, "where logs and report are kept, and from where a suite goes on", required=True)
+    """Define the flags of this command."""
+    flags.DEFINE_list("submissions", [OURS, *BASELINES], "submissions to run, each as [NAME=]PATH[:SEARCH_SPACE]")
+    flags.DEFINE_list("workloads", ["all"], f"workloads to run: all, or any of {', '.join(WORKLOADS)}")
+    flags.DEFINE_integer("num_studies", 1, "number of repetitions, each with another seed", lower_bound=1)
+    flags.DEFINE_integer("num_tuning_trials", 5, "number of points to take from each search space", lower_bound=1)
+    flags.DEFINE_integer("eval_every_steps", 25, "evaluate after the first step and every N steps", lower_bound=1)
+    flags.DEFINE_integer("rng_seed", 0, "study K uses the seed rng_seed + K for all submissions", lower_bound=0)
+    flags.DEFINE_integer("max_workers", os.cpu_count() or 1, "number of trials at a time; they share the cores", lower_bound=1)
+    flags.DEFINE_boolean("quick", False, f"run only {', '.join(QUICK[0])}, {QUICK[1]} trials each")
+    flags.DEFINE_string("experiment_dir", None, "folder for logs and the report; a suite found in it is resumed", required=True)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def test_bad_input_is_named(tmp_path, entry):
         plan([entry], ["mnist_vt"], 1, 1, 0, tmp_path)
     with pytest.raises(ValueError, match=r"\['s'\] more than once; give them names"):
         plan([entry, entry._replace(search_space=SPACE)], ["mnist_vit"], 1, 1, 0, tmp_path)
-    with pytest.raises(ValueError, match=r"space\.json has 2 points; --num_tuning_trials=3 needs as many"):
+    with pytest.raises(ValueError, match=r"space\.json has 2 points; --num_tuning_trials=3 needs at least 3"):
         plan([entry], ["mnist_vit"], 1, 3, 0, tmp_path)
     with pytest.raises(ValueError, match=r"no file /nowhere/submission\.py; it must be \[NAME=\]PATH\[:SEARCH_SPACE\]"):
         parse_entry("x=/nowhere/submission.py")

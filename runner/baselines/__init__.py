@@ -1,10 +1,10 @@
-"""Submissions to compare with. All but the optimizer is our submission's: batches, loss, clipping, logging.
+"""Baseline submissions. Only the optimizer differs from `submission.py`; batch sizes, loss, clipping, and logging are the same.
 
-Each folder holds a submission and its search space of five points: everything at its method's published value, but the learning
-rate at 1, 2, 4, 8 and 16 times that, for runs of some hundred steps want more than long ones; the middle of the ladder comes
-first. Ours has such a space too, `runner/tuning_search_space.json`: the competition's first point, without dropout, with a
-schedule that ends at zero, roots every 10 steps in place of 100, and blocks of 128 in place of 1024, whose roots would cost
-more than these small models' steps. A method with its own way to evaluate or to step wraps the functions here.
+Each folder holds a submission and a search space of five points: hyperparameters at the method's published values, and learning
+rates of 1, 2, 4, 8, and 16 times the published one, because runs of a few hundred steps need higher rates than long ones. The
+middle rate comes first. `runner/tuning_search_space.json` is the same kind of space for Shampoo: the competition's first point,
+without dropout, with a schedule that ends at zero, roots every 10 steps instead of 100, and blocks of 128 instead of 1024,
+whose roots would cost more than a step of these small models. Methods that evaluate or step differently wrap these functions.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ __all__ = ["data_selection", "get_batch_size", "prepare_for_eval", "update_param
 
 
 def prepare_for_eval(*, optimizer_state: Any, current_param_container: Any, model_state: Any, **others: Any) -> Any:
-    """Nothing to prepare."""
+    """Return optimizer state, model, and model state unchanged."""
     return optimizer_state, current_param_container, model_state
 
 
 def with_schedule(optimizer: Optimizer, workload: Any, hyperparameters: Any) -> dict[str, Any]:
-    """AlgoPerf's optimizer state: the optimizer, and linear warm-up and cosine to zero over the workload's step hint."""
+    """Return AlgoPerf's optimizer state: the optimizer, with linear warm-up and cosine decay to zero over `step_hint` steps."""
     warmup_steps = int(hyperparameters.warmup_factor * workload.step_hint)
     return {"optimizer": optimizer, "scheduler": warmup_cosine(optimizer, workload.step_hint, warmup_steps)}

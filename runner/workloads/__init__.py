@@ -1,4 +1,4 @@
-"""The workloads by name; each lives in the module of its name."""
+"""The laptop workloads by name; each is defined in the module of that name."""
 
 import difflib
 import importlib
@@ -18,14 +18,15 @@ WORKLOADS = {  # module -> class
 
 
 def workload_class(name: str) -> type[LaptopWorkload]:
-    """The class of a workload, without its data. Raises ValueError for an unknown name."""
+    """Return the class of a workload, without reading its data. Raise ValueError for an unknown name."""
     if name not in WORKLOADS:
         near = difflib.get_close_matches(name, WORKLOADS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}{hint}")
-    return getattr(importlib.import_module(f".{name}", __package__), WORKLOADS[name])
+        raise ValueError(f"unknown workload {name!r}; it must be one of {', '.join(WORKLOADS)}{hint}")
+    workload: type[LaptopWorkload] = getattr(importlib.import_module(f".{name}", __package__), WORKLOADS[name])
+    return workload
 
 
 def load_workload(name: str) -> LaptopWorkload:
-    """The workload, its data read and checked. Raises ValueError for an unknown name, `data.DataError` for bad data."""
+    """Return a workload with its data. Raise ValueError for an unknown name, and `data.DataError` for missing or wrong data."""
     return workload_class(name)()

@@ -1,7 +1,7 @@
 """airports_dlrm, the laptop twin of criteo1tb: a small DLRM that predicts which of the world's airports have an IATA code.
 
-Targets, set by `experiments.targets`, are in nats. On other splits of these sizes the base rate has 0.593, logistic regression
-0.467, boosted trees 0.437.
+Targets are in nats, set by `experiments.targets`. For comparison, on other splits of the same sizes: base rate 0.593, logistic
+regression 0.467, boosted trees 0.437.
 """
 
 import numpy as np
@@ -16,23 +16,26 @@ from .base import LaptopWorkload, Split
 
 CATEGORIES = ["country", "subd", "tz"]
 NUMBERS = ["elevation", "lat", "lon"]
-RARE = 10  # a value that fewer training rows have shares code 0 with the unseen ones: alone it would be learned by heart
+MIN_COUNT = 10  # values in fewer training rows share code 0 with unseen values, so that the model cannot memorize them
 
 
 def load_airports() -> dict[str, pd.DataFrame]:
-    """28,298 airports by ICAO code, split 22,000 / 3,000 / 3,298."""
+    """Return the splits of 28,298 airports, indexed by ICAO code: 22,000 / 3,000 / 3,298."""
     path = package_file(
         "airportsdata", "20260905", "airports.csv", "516c57d9d999f7a3be28ca649d2badbe3b972f07e57dc6173ab973b72d51cf52"
     )
     table = pd.read_csv(path, index_col="icao", keep_default_na=False)  # NA is Namibia
-    # Three pairs of airports have equal columns; seed 4 is the first that has them all in train. A fourth pair, at one place in
-    # two rare subdivisions, is equal to the model and lies in train and validation.
+    # Three pairs of airports have identical columns; seed 4 is the first that puts all of them in train. A fourth pair, at the
+    # same place in two rare subdivisions, has identical inputs; one is in train, the other in validation.
     table = table.iloc[np.random.default_rng(4).permutation(len(table))]
     return {"train": table[:22000], "validation": table[22000:25000], "test": table[25000:]}
 
 
 class DLRM(nn.Module):
-    """Three embeddings and a bottom MLP make four vectors; a top MLP sees their dot products and the MLP's; 47k parameters."""
+    """Three embeddings and a bottom MLP give four vectors; their dot products and the bottom MLP's output go into a top MLP.
+
+    47k parameters.
+    """
 
     def __init__(self, sizes: list[int], width: int = 32):
         super().__init__()
@@ -44,17 +47,18 @@ class DLRM(nn.Module):
         self.pairs: Tensor
         self.register_buffer("pairs", torch.triu_indices(vectors, vectors, offset=1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3 codes and 3 numbers) -> (B,)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3 codes + 3 numbers) -> (B,)
         codes, numbers = x.split([len(CATEGORIES), len(NUMBERS)], dim=1)
         dense = self.bottom(numbers)
-        looked_up = [table(code) for table, code in zip(self.embeddings, codes.long().unbind(dim=1), strict=True)]
-        vectors = torch.stack([dense, *looked_up], dim=1)  # (B, 4, width)
+        embedded = [table(code) for table, code in zip(self.embeddings, codes.long().unbind(dim=1), strict=True)]
+        vectors = torch.stack([dense, *embedded], dim=1)  # (B, 4, width)
         dots = (vectors @ vectors.mT)[:, self.pairs[0], self.pairs[1]]  # (B, 6)
-        return self.output(self.dropout(self.top(torch.cat([dense, dots], dim=1)))).squeeze(1)
+        logits: Tensor = self.output(self.dropout(self.top(torch.cat([dense, dots], dim=1)))).squeeze(1)
+        return logits
 
 
 class AirportsDLRM(LaptopWorkload):
-    """Sigmoid cross entropy in nats."""
+    """Predict whether an airport has an IATA code: sigmoid cross entropy in nats."""
 
     loss_type = spec.LossType.SIGMOID_CROSS_ENTROPY
     target_metric_name = "loss"
@@ -65,20 +69,21 @@ class AirportsDLRM(LaptopWorkload):
     step_hint = 1000
 
     def load_splits(self) -> dict[str, Split]:
-        """As criteo1tb, {"inputs": (N, 6) codes and standardised numbers in one float tensor, "targets": (N,) 0 or 1}."""
+        """Return the splits in criteo1tb's format: "inputs" (N, 6), codes and standardized numbers; "targets" (N,), 0 or 1."""
         tables = load_airports()
         train = tables["train"]
         counts = {column: train[column].value_counts() for column in CATEGORIES}
-        vocabularies = {column: count[count >= RARE].index.sort_values() for column, count in counts.items()}
+        vocabularies = {column: count[count >= MIN_COUNT].index.sort_values() for column, count in counts.items()}
         self.sizes = [1 + len(vocabulary) for vocabulary in vocabularies.values()]
         mean, deviation = train[NUMBERS].mean(), train[NUMBERS].std()
 
-        def encoded(table: pd.DataFrame) -> Split:
-            codes = [vocabulary.get_indexer(table[column]) + 1 for column, vocabulary in vocabularies.items()]  # else -1 + 1
+        def encode(table: pd.DataFrame) -> Split:
+            # get_indexer returns -1 for values outside the vocabulary, which makes their code 0.
+            codes = [vocabulary.get_indexer(table[column]) + 1 for column, vocabulary in vocabularies.items()]
             inputs = np.column_stack([*codes, (table[NUMBERS] - mean) / deviation])
             return {"inputs": torch.tensor(inputs).float(), "targets": torch.tensor((table["iata"] != "").to_numpy()).float()}
 
-        return {split: encoded(table) for split, table in (tables | {"eval_train": train[:3000]}).items()}
+        return {split: encode(table) for split, table in (tables | {"eval_train": train[:3000]}).items()}
 
     def build_model(self) -> nn.Module:
         return DLRM(self.sizes)

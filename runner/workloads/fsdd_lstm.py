@@ -1,6 +1,6 @@
 """fsdd_lstm, the laptop twin of librispeech_deepspeech: a bidirectional LSTM with batch norm on sentences of spoken digits.
 
-Targets, set by `experiments.targets`, are word error rates.
+Targets are word error rates, set by `experiments.targets`.
 """
 
 import torch
@@ -10,18 +10,18 @@ from .fsdd import SYMBOLS, Fsdd, Padded, Subsampling, lengths
 
 
 def reverse(x: Tensor, paddings: Tensor) -> Tensor:
-    """(B, T, C) with the valid frames of each row in reverse order; what is padding stays in its place."""
-    places = torch.arange(x.shape[1], device=x.device)
-    mirrored = lengths(paddings)[:, None] - 1 - places
-    return x.take_along_dim(mirrored.where(mirrored >= 0, places)[..., None], dim=1)
+    """Reverse the valid frames of each row of x (B, T, C); padding stays in place."""
+    indices = torch.arange(x.shape[1], device=x.device)
+    mirrored = lengths(paddings)[:, None] - 1 - indices
+    return x.take_along_dim(mirrored.where(mirrored >= 0, indices)[..., None], dim=1)
 
 
 class LSTMLayer(nn.Module):
-    """bn(lstm(x)) in both directions: (B, T, width) -> (B, T, 2 units)."""
+    """bn(lstm(x)) in both directions: (B, T, width) -> (B, T, 2 * units)."""
 
     def __init__(self, width: int, units: int):
         super().__init__()
-        # Not one bidirectional LSTM: packed sequences, which keep it from padding, make a step on a CPU five times as long.
+        # A bidirectional LSTM would need packed sequences to skip padding, which makes a step five times as slow on a CPU.
         self.forwards, self.backwards = nn.LSTM(width, units, batch_first=True), nn.LSTM(width, units, batch_first=True)
         self.bn = nn.BatchNorm1d(2 * units)
         self.dropout = nn.Dropout(0.0)
@@ -29,14 +29,15 @@ class LSTMLayer(nn.Module):
     def forward(self, x: Tensor, paddings: Tensor) -> Tensor:
         ahead, _ = self.forwards(x)
         back, _ = self.backwards(reverse(x, paddings))
-        y = torch.cat([ahead, reverse(back, paddings)], dim=-1)
-        valid = paddings == 0  # batch norm sees no padding
-        y[valid] = self.bn(y[valid])
-        return self.dropout(y)
+        both = torch.cat([ahead, reverse(back, paddings)], dim=-1)
+        valid = paddings == 0  # keep padding out of batch norm
+        both[valid] = self.bn(both[valid])
+        y: Tensor = self.dropout(both)
+        return y
 
 
 class DeepSpeech(nn.Module):
-    """Two LSTM layers of 64 units in each direction behind a strided convolution; 173k parameters."""
+    """A strided convolution, then two LSTM layers with 64 units in each direction; 173k parameters."""
 
     def __init__(self, width: int = 64, units: int = 64, layers: int = 2):
         super().__init__()
@@ -52,7 +53,7 @@ class DeepSpeech(nn.Module):
 
 
 class FsddLSTM(Fsdd):
-    """Word error rate of spoken digits, CTC loss."""
+    """Spoken digits with LSTMs."""
 
     validation_target_value = 0.0534
     test_target_value = 0.0517

@@ -1,11 +1,11 @@
-"""Layers that several models share."""
+"""Layers shared by several models."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `causal`, no position sees a later one."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), (B, T, width) -> (B, T, width). If `causal`, mask later positions."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, causal: bool):
         super().__init__()
@@ -19,4 +19,5 @@ class TransformerLayer(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.out(attention))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        mlp: Tensor = self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return x + mlp

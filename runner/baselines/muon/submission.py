@@ -1,9 +1,9 @@
-"""Muon (Jordan et al. 2024) for the hidden matrices and AdamW for the rest, as Liu et al. 2025 combine them.
+"""Muon (Jordan et al. 2024) for hidden matrices and AdamW for all other parameters, combined as in Liu et al. 2025.
 
-Their scaling of Muon's step to the root mean square of AdamW's lets both share learning rate and decay; the values are those of
-their code. AdamW has the embeddings, the output layer and whatever is not a matrix. torch's Muon takes matrices only, so that
-convolutions are among these: a model of convolutions alone is trained by AdamW alone. AlgoPerf does not say which layer is the
-first; Muon has it if it is linear. Matrices stacked in one parameter (qkv, an LSTM's gates) are one matrix to Muon.
+They scale Muon's step to the RMS of AdamW's, so that both share learning rate and weight decay; hyperparameters are from their
+code. AdamW trains the embeddings, the output layer, and every parameter that is not a matrix, convolutions included, because
+torch's Muon accepts only matrices. Muon also trains the first layer if it is linear, because AlgoPerf does not say which layer
+is first. Matrices stacked in one parameter (qkv, LSTM gates) count as one matrix.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """Both optimizers, each with its schedule. Raises ValueError if torch has no Muon."""
+    """Return both optimizers, each with its learning rate schedule. Raise ValueError if torch has no Muon."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch is {torch.__version__}; for torch.optim.Muon it must be 2.9 or newer")
     h = hyperparameters
     hidden, others = split(workload, model_params)
     options = {"lr": h.learning_rate, "weight_decay": h.weight_decay}
-    # In a group of its own, hidden may be empty.
+    # As a parameter group, `hidden` may be empty.
     muon = torch.optim.Muon([{"params": hidden}], **options, momentum=h.momentum, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, **options, betas=(h.beta1, h.beta2))
     state = with_schedule(muon, workload, h)
@@ -33,10 +33,10 @@ def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyp
 
 
 def split(workload: Any, model_params: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden matrices, and the other parameters."""
+    """Return the hidden matrices, which Muon trains, and all other parameters."""
     hidden: list[Tensor] = []
     others: list[Tensor] = []
-    # Matched by order: DistributedDataParallel and torch.compile put prefixes before the model's names.
+    # Matched by order, because DistributedDataParallel and torch.compile add prefixes to the names.
     for p, (name, kind) in zip(model_params.parameters(), workload.model_params_types.items(), strict=True):
         is_hidden = p.ndim == 2 and kind != spec.ParameterType.EMBEDDING and not workload.is_output_params(name)
         (hidden if is_hidden else others).append(p)
@@ -44,7 +44,7 @@ def split(workload: Any, model_params: Any) -> tuple[list[Tensor], list[Tensor]]
 
 
 def update_params(*, optimizer_state: dict[str, Any], **others: Any) -> Any:
-    """The gradients and AdamW's step, then Muon's."""
+    """Compute the gradients, then take AdamW's step and Muon's."""
     optimizer_state["muon"].zero_grad()
     result = baselines.update_params(optimizer_state=optimizer_state, **others)
     optimizer_state["muon"].step()

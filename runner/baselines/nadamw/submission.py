@@ -1,4 +1,4 @@
-"""NadamW: torch.optim.NAdam with decoupled decay, which was AlgoPerf's baseline."""
+"""NadamW: torch.optim.NAdam with decoupled weight decay, formerly the AlgoPerf baseline."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """The optimizer and its schedule."""
+    """Return the optimizer and its learning rate schedule."""
     h = hyperparameters
     options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
     optimizer = torch.optim.NAdam(model_params.parameters(), **options, decoupled_weight_decay=True)

@@ -1,12 +1,12 @@
-"""Schedule-Free AdamW (Defazio et al. 2024): an average of the weights takes the place of the schedule.
+"""Schedule-Free AdamW (Defazio et al. 2024): an average of the weights replaces the learning rate schedule.
 
-Gradients are taken at weights y, and the average x is evaluated; the optimizer's train() and eval() turn one into the other.
-The values are the package's defaults, with warm-up and decay, which are off by default there, as in AdamW's search space. The
-rates are higher than AdamW's: the authors advise one to ten times those of a method with a schedule.
+Gradients are computed at weights y, and the average x is evaluated; the optimizer's train() and eval() switch between them.
+Hyperparameters are the package's defaults, except warm-up and weight decay, which are off by default and are set here as for
+AdamW. Learning rates are higher than AdamW's: the authors recommend 1 to 10 times the rate of a method with a schedule.
 
-The running statistics of batch norm are those of y. The authors advise some forward passes at x before each evaluation;
-AlgoPerf's `prepare_for_eval` has no batches for them, and the authors' own AlgoPerf submission went without. So the method is
-weaker than it could be on models with batch norm. The logged learning rate is that after warm-up.
+Batch norm's running statistics are those at y. The authors recommend a few forward passes at x before each evaluation, but
+`prepare_for_eval` has no batches for them, and the authors' own AlgoPerf submission skips them too. On models with batch norm
+the method is therefore weaker than it could be. The logged learning rate does not include warm-up.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """The optimizer, and a schedule that leaves the learning rate as it is."""
+    """Return the optimizer and a constant learning rate schedule."""
     h = hyperparameters
     options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
     warmup_steps = int(h.warmup_factor * workload.step_hint)
@@ -30,12 +30,12 @@ def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyp
 
 
 def update_params(*, optimizer_state: dict[str, Any], **others: Any) -> Any:
-    """A step from y, where the weights are x if an evaluation came before."""
+    """Switch the weights to y, which an evaluation left at x, and take a step."""
     optimizer_state["optimizer"].train()
     return baselines.update_params(optimizer_state=optimizer_state, **others)
 
 
 def prepare_for_eval(*, optimizer_state: dict[str, Any], **others: Any) -> Any:
-    """The weights become x. Checkpoints are written after this, and so hold x."""
+    """Switch the weights to x. Checkpoints are written after this, so they hold x."""
     optimizer_state["optimizer"].eval()
     return baselines.prepare_for_eval(optimizer_state=optimizer_state, **others)

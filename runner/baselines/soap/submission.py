@@ -1,6 +1,6 @@
-"""SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's factors. The values are those of the authors' code.
+"""SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's factors. Hyperparameters are from the authors' code.
 
-A vector has no factors, and its step is Adam's. The first step only sets the bases up; the weights stay as they are.
+Vectors have no factors and take Adam's step. The first step only initializes the bases; it does not change the weights.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """The optimizer and its schedule."""
+    """Return the optimizer and its learning rate schedule."""
     h = hyperparameters
     options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
     optimizer = SOAP(model_params.parameters(), **options, precondition_frequency=h.precondition_frequency)
