@@ -97,7 +97,7 @@ def update_params(
     rng: spec.RandomState,
     train_state: dict[str, Any] | None = None,
 ) -> spec.UpdateReturn:
-    """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError as `take_step`."""
+    """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError like `take_step`."""
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
     model.train()
     optimizer.zero_grad(set_to_none=True)

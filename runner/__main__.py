@@ -176,7 +176,7 @@ def check_resumable(trials: list[Path]) -> None:
 
 
 def prepare_folder(points: list[Any]) -> Path:
-    """Return the folder of the run; create it if needed. Raise as `experiment_folder` and `check_resumable`."""
+    """Return the folder of the run; create it if needed. Raise like `experiment_folder` and `check_resumable`."""
     folder = experiment_folder(
         FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
     )

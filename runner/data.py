@@ -12,7 +12,7 @@ class DataError(RuntimeError):
 
 
 def package_file(package: str, version: str, name: str, sha256: str) -> Path:
-    """Return the path of a file inside an installed package, without importing the package. Raise DataError as `checked`."""
+    """Return the path of a file inside an installed package, without importing the package. Raise DataError like `checked`."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise DataError(
@@ -23,7 +23,7 @@ def package_file(package: str, version: str, name: str, sha256: str) -> Path:
 
 
 def workload_file(name: str, sha256: str) -> Path:
-    """Return the path of a file that ships next to the workloads. Raise DataError as `checked`."""
+    """Return the path of a file that ships next to the workloads. Raise DataError like `checked`."""
     return checked(WORKLOADS / name, sha256, "restore the file from the repository")
 
 

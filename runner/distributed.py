@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start() -> None:
@@ -41,3 +42,8 @@ def all_gather(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside DistributedDataParallel, or `model` itself if it is not wrapped."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from algoperf import spec
-from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed
 from .logs import MetricLogger, drop_rows_after, latest_checkpoint, meta_data, save_checkpoint, write_json
@@ -237,7 +236,8 @@ def save(trial: Trial) -> None:
     """Write a checkpoint if --save_checkpoints is set."""
     if trial.settings.save_checkpoints:
         state = {
-            "model_params": unwrap(trial.model).state_dict(),
+            # Without DDP's prefix, so that a checkpoint does not depend on the number of ranks.
+            "model_params": distributed.unwrap(trial.model).state_dict(),
             "optimizer_state": {key: x.state_dict() for key, x in trial.optimizer_state.items() if hasattr(x, "state_dict")},
             "model_state": trial.model_state,
             **{name: getattr(trial, name) for name in SAVED_FIELDS},
@@ -245,17 +245,12 @@ def save(trial: Trial) -> None:
         save_checkpoint(trial.folder, state, trial.settings.save_intermediate_checkpoints)
 
 
-def unwrap(model: Any) -> Any:
-    """Return the model inside DDP, so that checkpoints do not depend on the number of ranks."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def restore(trial: Trial) -> None:
     """Load the latest checkpoint in the trial's folder, if there is one, and skip the batches that were already used."""
     checkpoint = latest_checkpoint(trial.folder, DEVICE)
     if checkpoint is None:
         return
-    unwrap(trial.model).load_state_dict(checkpoint["model_params"])
+    distributed.unwrap(trial.model).load_state_dict(checkpoint["model_params"])
     for key, value in checkpoint["optimizer_state"].items():
         trial.optimizer_state[key].load_state_dict(value)
     trial.model_state = checkpoint["model_state"]

@@ -102,14 +102,14 @@ class Workload(abc.ABC):
 
     @property
     def param_shapes(self) -> ParameterShapeTree:
-        """The shape of each parameter. Raise ValueError before `init_model_fn`."""
+        """The shape of each parameter. Raise ValueError if `init_model_fn` was not called."""
         if self._param_shapes is None:
             raise ValueError("param_shapes is not set; call init_model_fn() first")
         return self._param_shapes
 
     @property
     def model_params_types(self) -> ParameterTypeTree:
-        """The type of each parameter. Raise ValueError before `init_model_fn`."""
+        """The type of each parameter. Raise ValueError if `init_model_fn` was not called."""
         if self._param_types is None:
             raise ValueError("model_params_types is not set; call init_model_fn() first")
         return self._param_types

@@ -197,7 +197,7 @@ class LaptopWorkload(spec.Workload):
         global_step: int = 0,
     ) -> dict[str, float]:
         sums: dict[str, float] = {}
-        model = params.module if isinstance(params, DistributedDataParallel) else params  # DDP would wait for all ranks
+        model = distributed.unwrap(params)  # DDP would wait for all ranks
         for batch in self._build_input_queue(rng, split, data_dir, global_batch_size):
             logits, _ = self.model_fn(model, batch, None, spec.ForwardPassMode.EVAL, rng, update_batch_norm=False)
             for name, value in self.metric_sums(logits, batch["targets"]).items():
