@@ -10,7 +10,7 @@ import pytest
 
 from experiments.competition import check, plan, projection, published
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("version", ["0.5", "0.6"])

@@ -30,7 +30,7 @@ from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
 from runner.workloads.base import rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(folder, *flags, name="e", workload="pydoc_lm", timeout=120, check=True):

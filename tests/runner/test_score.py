@@ -21,7 +21,7 @@ from runner.score import (
     without_stragglers,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMES = ROOT / "experiments" / "competition" / "published_times_v05.csv"
 HELD_OUT = published.HELD_OUT["0.5"]
 TARGETS = {"a": Target("accuracy", 0.9, 100.0), "b": Target("loss", 1.0, None)}
