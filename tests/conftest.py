@@ -1,9 +1,15 @@
 import os
 
+import hypothesis
 import pytest
 import torch
+from rank_pool import RankPool
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two of these run at a time
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; two test workers share two cores
+
+# No limits on wall-clock time, which a loaded machine would exceed.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +18,24 @@ def _fixed_threads_and_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """A function from a number of ranks to a pool of that size, started on first use and restarted after a timeout."""
+    started = {}
+
+    def pool(size):
+        if size not in started or started[size].closed:
+            started[size] = RankPool(size)
+        return started[size]
+
+    yield pool
+    for pool in started.values():
+        pool.close()

@@ -1,6 +1,6 @@
-"""What AlgoPerf asks of a submission: against its own package where that can be imported, else against the stand-in."""
+"""What AlgoPerf requires of a submission: checked against its package if that is installed, else against the stand-in."""
 
-import runner  # noqa: F401  brings algoperf.spec
+import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from algoperf import spec
-from test_submission import FakeWorkload, as_point, start, step
+from fake_workload import FakeWorkload, as_point, start, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,7 @@ REAL = spec is not stand_in
 needs_algoperf = pytest.mark.skipif(not REAL, reason="AlgoPerf's package is not installed")
 SPACE = ROOT / "tuning_search_space.json"
 
-SIGNATURES = {  # AlgoPerf's, version 0.6
+SIGNATURES = {  # from AlgoPerf 0.6
     "init_optimizer_state": ["workload", "model_params", "model_state", "hyperparameters", "rng"],
     "update_params": [
         "workload", "current_param_container", "current_params_types", "model_state", "hyperparameters", "batch", "loss_type",
@@ -47,7 +47,7 @@ SIGNATURES = {  # AlgoPerf's, version 0.6
 
 
 def parameters(function):
-    """Names, and the defaults of those that have one."""
+    """Return the default of each parameter by name."""
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
@@ -61,7 +61,7 @@ def test_signatures_are_algoperfs(name):
 
 
 def public(module):
-    """The names that a module defines, and those that its classes do, methods with their parameters."""
+    """Return the public names that a module and its classes define, with the parameters of functions and methods."""
     found = {}
     for name, value in vars(module).items():
         if inspect.isclass(value) and value.__module__ == module.__name__:
@@ -89,7 +89,7 @@ def test_the_stand_in_differs_from_algoperfs_spec_as_its_docstring_says():
 
 
 def algoperfs_points():
-    """The points as AlgoPerf's search-space code gives them, or ours."""
+    """Return the points as AlgoPerf's search-space code reads them if it is installed, else as the runner does."""
     if not REAL:
         return read_points(SPACE, 5, 0)
     from algoperf import halton
@@ -132,7 +132,7 @@ def test_algoperfs_checkpoints_resume_bit_for_bit(tmp_path):
 
 @pytest.fixture
 def one_rank():
-    """A process group of this process alone."""
+    """Start a process group that holds this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -140,7 +140,7 @@ def one_rank():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_wrapped_models_train_as_the_bare_one(one_rank, compiled, parallel):
+def test_wrapped_models_train_like_the_bare_one(one_rank, compiled, parallel):
     weights = []
     for wrapped in (False, True):
         workload, point = FakeWorkload(), as_point(precondition_frequency=2, warmup_factor=0.0)
@@ -154,7 +154,7 @@ def test_wrapped_models_train_as_the_bare_one(one_rank, compiled, parallel):
 
 
 class TiedLanguageModel(nn.Module):
-    """The embedding of AlgoPerf's language model, 50257 x 1024 and tied, with one block of RMSNorm and an MLP."""
+    """The tied 50257 x 1024 embedding of AlgoPerf's language model, with one block of RMSNorm and an MLP."""
 
     def __init__(self):
         super().__init__()
@@ -190,11 +190,11 @@ def test_the_language_model_trains():
 
 
 def leaderboards_yaml(text):
-    """A YAML as the leaderboard's checks read it: what follows a '#' is cut off, lines are stripped."""
+    """Parse YAML as the leaderboard's checks do: cut each line at '#' and strip it."""
     return yaml.safe_load("\n".join(line.split("#")[0].strip() for line in text.split("\n")))
 
 
-def test_the_leaderboards_parser_accepts_what_we_say_of_the_submission():
+def test_the_leaderboards_parser_accepts_the_submission_info():
     info = leaderboards_yaml((ROOT / "submission_info.yml").read_text())
     text = (ROOT / "pull_request.md").read_text().replace("\r\n", "\n")
     first = text.index("```yaml\n") + len("```yaml\n")
@@ -207,8 +207,8 @@ def test_the_leaderboards_parser_accepts_what_we_say_of_the_submission():
     assert info["submission_folder"].islower()
 
 
-def test_points_have_one_set_of_keys():
-    """AlgoPerf makes one namedtuple of the first point's keys."""
+def test_all_points_have_the_same_keys():
+    """AlgoPerf makes a namedtuple type from the first point's keys."""
     points = json.loads(SPACE.read_text())
     assert len(points) == 5
     assert collections.Counter(tuple(point) for point in points).most_common() == [(tuple(points[0]), 5)]

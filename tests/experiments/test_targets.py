@@ -1,4 +1,4 @@
-"""The workloads' targets are those that follow from the table of runs; and how they follow."""
+"""The workloads' targets, and how they are computed from the table of runs."""
 
 import pandas as pd
 import pytest
@@ -19,7 +19,7 @@ def test_a_workloads_targets_follow_from_its_runs(name):
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_nothing_is_left_to_run(name):
+def test_no_run_is_missing(name):
     runs = TABLE[TABLE["workload"] == name]
     assert targets.missing(TABLE, name) == []
     assert (runs[runs["seed"] == targets.TUNING_SEED].groupby("method").size() >= 8).all()
@@ -33,8 +33,8 @@ def test_the_target_is_the_median_of_the_best_points_seeds():
         {**point, "learning_rate": 0.7, "seed": seed, "best_validation": 0.6 + seed / 100, "test_there": seed / 100}
         for seed in targets.SEEDS
     ]
-    other = [{**point, "learning_rate": 0.6, "seed": 11, "best_validation": 0.9, "test_there": 0.0}]  # of an earlier grid
+    other = [{**point, "learning_rate": 0.6, "seed": 11, "best_validation": 0.9, "test_there": 0.0}]  # from an earlier grid
     row = targets.targets(pd.DataFrame([*tuning, *seeds, *other])).loc[name]
-    assert row["validation target"] == 0.7299  # which 0.73 passes
+    assert row["validation target"] == 0.7299  # 0.73 reaches it
     assert row["test target"] == 0.1099
     assert row["reached_by"] == "0 of 3"

@@ -1,6 +1,6 @@
-"""The baseline submissions: AlgoPerf's functions, five points that differ in the learning rate alone, and training."""
+"""The baseline submissions: AlgoPerf's functions, five points that differ only in the learning rate, and training."""
 
-import runner  # noqa: F401  brings algoperf.spec
+import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from algoperf import spec
+from fake_workload import FakeWorkload
 from schedulefree import AdamWScheduleFree
-from test_submission import FakeWorkload
 from torch import nn
 
 from runner.workloads import load_workload
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "runner" / "baselines").glob("*/submission.py"))
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon needs torch 2.9")
 
 
 class TypedWorkload(FakeWorkload):
-    """With the two things that tell Muon's parameters from AdamW's."""
+    """A workload with the two properties by which Muon's parameters are chosen."""
 
     @property
     def model_params_types(self):
@@ -36,7 +36,7 @@ class TypedWorkload(FakeWorkload):
 
 
 def load(name):
-    """A baseline's module, and its points."""
+    """Return a baseline's module and its points."""
     points = json.loads((FOLDERS[0].parent / name / "tuning_search_space.json").read_text())
     return importlib.import_module(f"runner.baselines.{name}.submission"), points
 
@@ -46,7 +46,7 @@ def as_point(values, **changes):
 
 
 def arguments(workload, point, state, t):
-    """What AlgoPerf passes to `update_params` and `prepare_for_eval` alike."""
+    """Return the arguments that AlgoPerf passes to both `update_params` and `prepare_for_eval`."""
     return {
         "workload": workload,
         "current_param_container": workload.model,
@@ -66,7 +66,7 @@ def weights(workload):
 
 
 def assert_ladder(points):
-    """Five points that differ in the learning rate, doubled from one to the next; the middle one is the first."""
+    """Check that five points differ only in the learning rate, by factors of two, and that the middle one comes first."""
     rates = sorted(point["learning_rate"] for point in points)
     assert rates == pytest.approx([rates[0] * 2**i for i in range(5)])
     assert points[0]["learning_rate"] == rates[2]
@@ -83,7 +83,7 @@ def test_the_points_are_a_ladder_of_learning_rates(baseline):
     assert_ladder(points)
 
 
-def test_our_ladder_is_the_competitions_first_point_but_for_what_is_said():
+def test_our_ladder_differs_from_the_competitions_first_point_as_documented():
     points = [json.loads((ROOT / folder / "tuning_search_space.json").read_text()) for folder in ("runner", ".")]
     assert_ladder(points[0])
     ours, theirs = (points[i][0] for i in (0, 1))
@@ -93,7 +93,7 @@ def test_our_ladder_is_the_competitions_first_point_but_for_what_is_said():
 
 
 def test_it_trains_and_resumes(baseline, tmp_path):
-    """The checkpoint is written after an evaluation, as AlgoPerf does."""
+    """Write the checkpoint after an evaluation, as AlgoPerf does."""
     module, points = baseline
     point = as_point(points[0], learning_rate=0.02)
 
@@ -119,13 +119,13 @@ def test_it_trains_and_resumes(baseline, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(weights(workload), weights(other)))
 
 
-def test_schedule_free_evaluates_the_average_and_trains_as_if_it_had_not():
-    """Against the package's loop without evaluations. At a constant learning rate the average is the plain mean of z."""
+def test_schedule_free_evaluates_the_average_without_affecting_training():
+    """Compare with the package's loop without evaluations. At a constant learning rate the average is the mean of all z."""
     module, points = load("schedule_free_adamw")
     point = as_point(points[-1], warmup_factor=0.0)
     workload, plain = FakeWorkload(), FakeWorkload()
     for w in (workload, plain):
-        del w.model[1]  # the gradient of a bias before batch norm is rounding alone, which Adam makes large
+        del w.model[1]  # before batch norm, a bias's gradient is rounding noise, which Adam would amplify
     state = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])
     options = {"lr": point.learning_rate, "betas": (point.beta1, point.beta2), "weight_decay": point.weight_decay}
     optimizer = AdamWScheduleFree(plain.model.parameters(), **options)
@@ -147,7 +147,7 @@ def test_schedule_free_evaluates_the_average_and_trains_as_if_it_had_not():
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_muon_has_the_hidden_matrices(wrapped):
+def test_muon_gets_the_hidden_matrices(wrapped):
     module, _ = load("muon")
     workload = load_workload("mnist_vit")
     model, _ = workload.init_model_fn([0, 0])
@@ -160,7 +160,7 @@ def test_muon_has_the_hidden_matrices(wrapped):
 
 
 @needs_muon
-def test_muon_without_a_hidden_matrix_is_adamw():
+def test_muon_without_hidden_matrices_is_adamw():
     point = as_point(load("muon")[1][0], warmup_factor=0.0)
     ends = []
     for name in ("muon", "adamw"):

@@ -1,88 +1,26 @@
-"""What each of several ranks does in `test_ranks`: functions of (rank, size), and a pool of processes that runs them."""
+"""The functions of (rank, size) that `test_ranks` runs on every rank."""
 
-import os
-import pickle
-import queue
-import tempfile
-import time
-import traceback
-from datetime import timedelta
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from shampoo import AdamWShampoo
 from shampoo.diagnostics import diagnostics, weights
 
-TIMEOUT = 120  # seconds of a check
 COMMON = {"lr": 1e-3, "eps": 1e-4, "block_size": 16, "precondition_frequency": 20, "start_preconditioning_step": 40}
 
 
-class Pool:
-    """Processes that wait for the names of checks, one pool for all checks of a number of ranks."""
-
-    def __init__(self, size):
-        context, self.closed = mp.get_context("spawn"), False
-        self.folder = tempfile.TemporaryDirectory()
-        self.tasks = [context.Queue() for _ in range(size)]
-        self.results = context.Queue()
-        self.processes = [
-            context.Process(target=serve, args=(rank, size, self.folder.name, self.tasks[rank], self.results), daemon=True)
-            for rank in range(size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, check, **arguments):
-        """What the check returns on each rank; an exception as its text. Fails if a rank does not answer in time."""
-        for task in self.tasks:
-            task.put((check.__name__, arguments))
-        deadline, answers = time.time() + TIMEOUT, {}
-        while len(answers) < len(self.tasks):
-            try:
-                rank, answer = self.results.get(timeout=max(0.1, deadline - time.time()))
-            except queue.Empty:
-                self.close()
-                raise TimeoutError(f"{check.__name__}: only ranks {sorted(answers)} answered in {TIMEOUT} s") from None
-            answers[rank] = pickle.loads(answer)
-        return [answers[rank] for rank in range(len(self.tasks))]
-
-    def close(self):
-        self.closed = True
-        for process in self.processes:
-            process.kill()
-        self.folder.cleanup()
-
-
-def serve(rank, size, folder, tasks, results):
-    """Answer tasks for ever."""
-    torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT // 2)
-    )
-    while True:
-        name, arguments = tasks.get()
-        try:
-            answer = globals()[name](rank, size, **arguments)
-        except Exception as error:
-            answer = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        results.put((rank, pickle.dumps(answer)))  # here: what the queue's thread cannot pickle is lost without a word
-
-
 class Net(nn.Module):
-    """Convolution, embedding, attention, a scalar, a linear layer, and one that only some steps use."""
+    """A convolution, an embedding, attention, a scalar, linear layers, and one layer that every third step skips."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 20, 3)
         self.embedding = nn.Embedding(37, 24)
-        self.attention = nn.MultiheadAttention(
-            24, 3, bias=False, batch_first=True
-        )  # no bias of keys: its gradient is rounding noise
+        # No bias: the gradient of the keys' bias is rounding noise.
+        self.attention = nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
         self.mix = nn.Linear(20, 24)
         self.sometimes = nn.Linear(24, 24)
         self.output = nn.Linear(24, 7)
@@ -101,14 +39,14 @@ def build(seed=0, dtype=torch.float32):
 
 
 def batch(t):
-    """Inputs and targets of step t."""
+    """Return the images, words and targets of step t."""
     draw = torch.Generator().manual_seed(t)
     images = torch.randn(8, 3, 6, 6, generator=draw)
     return images, torch.randint(37, (8, 5), generator=draw), torch.randn(8, 7, generator=draw)
 
 
 def train(model, optimizer, steps, scheduler=None):
-    """The same batches on all ranks."""
+    """Train on the same batches on all ranks."""
     dtype = next(model.parameters()).dtype
     for t in steps:
         images, words, targets = batch(t)
@@ -120,32 +58,33 @@ def train(model, optimizer, steps, scheduler=None):
 
 
 def groups_of(model):
-    """Two groups of other options."""
+    """Return two parameter groups with different options: matrices, and the rest."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "betas": (0.8, 0.95), "block_size": 8}]
 
 
-def whole_weights(model):
+def full_weights(model):
+    """Return copies of the weights, DTensors gathered."""
     return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
 
 
 def weights_after(rank, size, steps=50, **options):
-    """The weights after some steps."""
+    """Return the weights after `steps` steps."""
     model = build()
     optimizer = AdamWShampoo(groups_of(model), **{**COMMON, **options})
     train(model, optimizer, range(steps))
-    return whole_weights(model)
+    return full_weights(model)
 
 
 def single_process(steps=50, **options):
-    """The same in this process."""
+    """Return `weights_after` of a run in this process alone."""
     assert not dist.is_initialized()
     return weights_after(0, 1, steps, **options)
 
 
 def diagnosed(rank, size, sharded=False):
-    """What a rank reports of the step after some steps, of `layers`, under FSDP2 if sharded."""
+    """Return what this rank reports about step 20 of training `layers`, under FSDP2 if `sharded`."""
     model = layers((24, 40, 6))
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -161,7 +100,7 @@ def diagnosed(rank, size, sharded=False):
 
 
 def missing_on_one_rank(rank, size):
-    """A gradient is missing on rank 1 at the third step; which steps go through, and the error."""
+    """Leave out a gradient on rank 1 at step 3. Return the step at which this rank raises, and the error."""
     model = build()
     named = [{"params": list(model.named_parameters())}] if torch.__version__ >= "2.6" else groups_of(model)
     optimizer = AdamWShampoo(named, **COMMON)
@@ -179,7 +118,7 @@ def missing_on_one_rank(rank, size):
 
 
 def different_options(rank, size):
-    """Rank 1 asks for another eps, another shape, an unknown option, one more group, no parameters; the errors of each rank."""
+    """Give rank 1 another eps, another shape, an unknown option, one more group, no parameters. Return this rank's errors."""
     errors = []
     for case in range(5):
         p = torch.zeros(3, 4 + (case == 1 and rank == 1))
@@ -194,7 +133,7 @@ def different_options(rank, size):
 
 
 def different_later(rank, size):
-    """What consolidate() says to another rate, another `to`, one that is no rank; a checkpoint of another rate; a pickle."""
+    """Return the errors for a different or invalid `to`, a copy, and learning rates that differ at consolidate() or a load."""
     import copy
 
     errors = []
@@ -220,7 +159,7 @@ def different_later(rank, size):
 
 
 def fully_sharded(rank, size, sizes):
-    """FSDP2 on layers of these sizes: the weights after some steps, and this rank's numbers of state."""
+    """Train layers of these sizes under FSDP2. Return the weights and this rank's number of state elements."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -232,18 +171,18 @@ def fully_sharded(rank, size, sizes):
     fully_shard(model, mesh=mesh)
     optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
     train_layers(model, optimizer)
-    return whole_weights(model), state_size(optimizer)
+    return full_weights(model), state_size(optimizer)
 
 
 def placed(rank, size, case):
-    """`fully_sharded` with the layers placed as tensor or hybrid parallelism does, or by hand."""
+    """Do what `fully_sharded` does, with the layers placed by hybrid or tensor parallelism, both, or by hand."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model = layers((24, 40, 7))
-    if case == "hybrid":  # replicated over half of the ranks, sharded over the others
+    if case == "hybrid":  # replicated over one mesh dimension, sharded over the other
         fully_shard(model, mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
     elif case == "tensor":
         parallelize_module(model, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -251,7 +190,7 @@ def placed(rank, size, case):
         mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "tensor"))
         parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         fully_shard(model, mesh=mesh["data"])
-    else:  # by hand, the biases left whole
+    else:  # by hand, with ordinary tensors as biases
         mesh = init_device_mesh("cpu", (size,))
         for layer, placement in ((model[0], Shard(1)), (model[2], Replicate())):
             layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [placement]))
@@ -267,11 +206,11 @@ def placed(rank, size, case):
             optimizer.step()
     else:
         train_layers(model, optimizer)
-    return whole_weights(model), state_size(optimizer)
+    return full_weights(model), state_size(optimizer)
 
 
 def sharded_gradient_missing_on_one_rank(rank, size):
-    """As `missing_on_one_rank`, for a DTensor."""
+    """Do what `missing_on_one_rank` does, with a DTensor."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -292,7 +231,7 @@ def layers(sizes):
 
 
 def gradients(model, t):
-    """Those of step t."""
+    """Compute the gradients of step t."""
     draw = torch.Generator().manual_seed(t)
     model.zero_grad(set_to_none=True)
     x = torch.randn(16, model[0].in_features, generator=draw)
@@ -309,18 +248,18 @@ def fully_sharded_alone(sizes):
     model = layers(sizes)
     optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
     train_layers(model, optimizer)
-    return whole_weights(model), state_size(optimizer)
+    return full_weights(model), state_size(optimizer)
 
 
 def state_size(optimizer):
-    """The numbers that a rank keeps."""
+    """Return the number of state elements on this rank."""
     from shampoo.state import tensors
 
     return sum(x.numel() for buckets in optimizer._buckets for bucket in buckets for x in tensors(bucket))
 
 
 def received_bytes(rank, size):
-    """Bytes that the exchange of a step brings to a rank, and the numbers of parameters."""
+    """Return the bytes per parameter that a rank receives in one step, exchanged in full precision and in bfloat16."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     count, found = sum(p.numel() for p in model.parameters()), []
     for dtype in (None, torch.bfloat16):
@@ -333,7 +272,10 @@ def received_bytes(rank, size):
 
 
 def not_finite(rank, size, alone):
-    """At the third of six steps gradients hold NaN, on rank 1 `alone` or on all: which steps move, counts, the error."""
+    """Put NaN into a gradient at step 2, on all ranks, or on rank 1 only if `alone`.
+
+    Return which steps moved the weights, the events, the step counts and the weights; or the step that raised, and the error.
+    """
     model, seen = build(), []
     optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 2})
     for t in range(6):
@@ -342,17 +284,17 @@ def not_finite(rank, size, alone):
         (model(images, words, 1) - targets).square().mean().backward()
         if t == 2 and (rank == 1 or not alone):
             model.mix.weight.grad[3, 4] = torch.nan
-        seen.append(whole_weights(model))
+        seen.append(full_weights(model))
         try:
             optimizer.step()
         except RuntimeError as error:
             return t, str(error)
-    moved = [any((x != y).any() for x, y in zip(a, b, strict=True)) for a, b in pairwise([*seen, whole_weights(model)])]
-    return moved, dict(optimizer.events), [group["step"] for group in optimizer.param_groups], whole_weights(model)
+    moved = [any((x != y).any() for x, y in zip(a, b, strict=True)) for a, b in pairwise([*seen, full_weights(model)])]
+    return moved, dict(optimizer.events), [group["step"] for group in optimizer.param_groups], full_weights(model)
 
 
 def failing_on_one_rank(rank, size, closure):
-    """At the second step rank 1 has a sparse gradient or a failing closure; at which step each rank stops, and the error."""
+    """Fail on rank 1 at step 1: sparse gradient, or closure. Return the step at which this rank raises, and its error."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -372,7 +314,7 @@ def failing_on_one_rank(rank, size, closure):
 
 
 def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
-    """Train from a checkpoint at step `first`, if not 0, to step `last`, and write one there; the weights and the rate."""
+    """Train from the checkpoint of step `first` (0: none) to step `last`, and save. Return weights and learning rates."""
     model = build(dtype=dtype)
     options = {**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5, **options}
     optimizer = AdamWShampoo(groups_of(model), **options)
@@ -389,11 +331,11 @@ def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
         torch.save(saved, f"{path}/{last}")
     if size > 1:
         dist.barrier()
-    return whole_weights(model), scheduler.get_last_lr()
+    return full_weights(model), scheduler.get_last_lr()
 
 
 def unconsolidated(rank, size):
-    """What state_dict() says without consolidate(), on the other rank after it, and after one more step."""
+    """Return the errors of state_dict() without consolidate(), after it, and after one more step."""
     model = build()
     optimizer = AdamWShampoo(model.parameters(), **COMMON)
     errors = []
@@ -408,7 +350,7 @@ def unconsolidated(rank, size):
 
 
 def distributed_checkpoint(rank, size, path, first, last):
-    """As `checkpointed`, by torch.distributed.checkpoint and its state dicts by parameter name."""
+    """Do what `checkpointed` does with torch.distributed.checkpoint, whose state dicts are keyed by parameter name."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -423,22 +365,25 @@ def distributed_checkpoint(rank, size, path, first, last):
     optimizer.consolidate(to=None)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{path}/{last}")
-    return whole_weights(model)
+    return full_weights(model)
 
 
 def replicated(rank, size):
-    """Two groups of ranks that each share the blocks out: the weights after some steps, and this rank's numbers of state."""
+    """Distribute the blocks within each of two groups of ranks. Return the weights and this rank's number of state elements."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
     model = build()
     optimizer = AdamWShampoo(groups_of(model), **COMMON, process_group=mesh["shard"])
     train(model, optimizer, range(50))
-    return whole_weights(model), state_size(optimizer)
+    return full_weights(model), state_size(optimizer)
 
 
 def few_blocks(rank, size):
-    """A single small matrix: some ranks own nothing."""
+    """Train one small matrix, so that some ranks own nothing.
+
+    Return the weights, this rank's number of state elements, and the keys of the consolidated state.
+    """
     torch.manual_seed(0)
     p = torch.randn(3, 4, requires_grad=True)
     optimizer = AdamWShampoo([p], **{**COMMON, "start_preconditioning_step": 5, "precondition_frequency": 5})
@@ -449,47 +394,11 @@ def few_blocks(rank, size):
     return p.detach().clone(), state_size(optimizer), list(optimizer.state_dict()["state"][0])
 
 
-def submitted(rank, size, wrapped):
-    """Six steps of the submission on this rank's part of each batch; with the model in DDP, and as AlgoPerf resumes it."""
-    from test_submission import FakeWorkload, as_point, start, step
-
-    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
-    workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    model = nn.parallel.DistributedDataParallel(workload.model) if wrapped else workload.model
-    state = start(workload, point, model)
-    for t in range(6):
-        part = {key: x.chunk(size)[rank] for key, x in workload.batch(t).items()}
-        step(workload, state, point, part, t, model)
-    return whole_weights(workload.model)
-
-
-def submission_saves(rank, size):
-    """The keys of rank 0's checkpoint: after `prepare_for_eval`, with checkpoints off, and whether the latter loads."""
-    from absl import flags
-    from test_submission import FakeWorkload, as_point, start, step
-
-    import submission
-
-    if "save_checkpoints" not in flags.FLAGS:
-        flags.DEFINE_boolean("save_checkpoints", True, "as the runner has it")
-    flags.FLAGS.mark_as_parsed()
-    found = []
-    for saves in (True, False):
-        flags.FLAGS.save_checkpoints = saves
-        workload, point = FakeWorkload(), as_point()
-        state = start(workload, point)
-        step(workload, state, point, workload.batch())
-        submission.prepare_for_eval(workload, workload.model, {}, None, point, workload.loss_type, state, [], 1, [0, 0])
-        found.append(sorted(state["optimizer"].state_dict()) if rank == 0 else None)
-    try:
-        state["optimizer"].load_state_dict({"not_resumable": "why"})
-    except ValueError as error:
-        found.append(str(error))
-    return found
-
-
 def refused_group(rank, size):
-    """A later group that rank 1 gives another option: the error, the groups that are left, and that steps go on."""
+    """Add a group with different options per rank.
+
+    Return the error, the numbers of groups and of parameters with state that remain, and whether the next step moves weights.
+    """
     p, q = (torch.zeros(3, 4, requires_grad=True) for _ in range(2))
     optimizer = AdamWShampoo([p], **COMMON)
     try:

@@ -1,7 +1,6 @@
-"""The update, dense, in float64, one block at a time: slow, and short enough to read beside the paper.
+"""The update in float64, dense and one block at a time: slow, but short enough to read beside the paper.
 
-It shares no code with `shampoo/`. Bias corrections are rounded to float32 on purpose, as the specification of the competition's
-update has them.
+It shares no code with `shampoo/`. Bias corrections are deliberately rounded to float32, as in the competition's update.
 """
 
 from itertools import product
@@ -52,7 +51,7 @@ class Block:
         self.M, self.V, self.B = np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
     def step(self, G, W, t, lr, o):
-        """The new weights; G is None where the gradient is missing: then only the roots move."""
+        """Return the new weights. With G None, for a missing gradient, only the roots are refreshed."""
         (b1, b2), wd, k = o["betas"], o["weight_decay"], o["precondition_frequency"]
         every = o["factor_frequency"]
         start = o["start_preconditioning_step"] or k
@@ -101,7 +100,7 @@ def has_factors(shape, merged_shape, o):
 
 
 def trajectory(weights, gradients, lrs, options):
-    """Weights after each step, float64: `gradients[t][i]` is an array or None for parameter i; options of one group."""
+    """Return the float64 weights after each step; gradients[t][i] is an array, or None if parameter i has none at step t."""
     o = options
     W = [np.array(w, dtype=np.float64) for w in weights]
     shapes = [merged(w.shape, o["block_size"], o["merge_dims"]) for w in W]

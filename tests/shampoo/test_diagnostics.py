@@ -1,17 +1,15 @@
-"""What `shampoo.diagnostics` reports, against numpy in float64 and cases whose answer is known."""
+"""The diagnostics, compared with numpy in float64 and with known cases."""
 
 import logging
 from copy import deepcopy
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from common import make_params, set_gradients
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from experiments.norm_ratio import layer_table, train, workload_table
-from experiments.variants import LEARNING_RATES
 from shampoo import AdamWShampoo
 from shampoo.diagnostics import diagnostics, log_diagnostics, spectrum, weights
 
@@ -22,16 +20,13 @@ FACTORS = {"condition", "effective_rank", "root_residual", "roots_missing"}
 
 
 def make(*shapes, dtype=torch.float64, device="cpu", **options):
-    draw = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=draw).to(device, dtype)) for shape in shapes]
+    params = make_params(*shapes, dtype=dtype, device=device)
     return params, AdamWShampoo(params, **{**OPTIONS, **options})
 
 
 def step(params, optimizer, t):
-    """Step t with random gradients, larger and larger; the diagnostics, and the gradients."""
-    draw = torch.Generator().manual_seed(t)
-    for p in params:
-        p.grad = (t * torch.randn(p.shape, generator=draw)).to(p.device, p.dtype)
+    """Take step t with random gradients that grow with t. Return the diagnostics and the gradients."""
+    set_gradients(params, seed=t, scale=t)
     before = weights(optimizer)
     optimizer.step()
     return diagnostics(optimizer, before), [p.grad.cpu().double().numpy() for p in params]
@@ -43,7 +38,7 @@ def power(S, p):
 
 
 def second_moments(gradients, beta, eps, relative):
-    """S of both sides after each gradient of one block, by numpy alone."""
+    """Return, for each side of a block and after each gradient, the bias-corrected factor without and with eps, in numpy."""
     sides, moments = [lambda G: G @ G.T, lambda G: G.T @ G], []
     for side in sides:
         A, of_side = 0, []
@@ -56,7 +51,7 @@ def second_moments(gradients, beta, eps, relative):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_figures_of_a_matrix_in_blocks_are_numpys(device, relative):
+def test_values_of_a_matrix_in_blocks_equal_numpys(device, relative):
     (W,), optimizer = make((12, 7), device=device, relative_eps=relative)
     gradients, starts = [], [W.detach().cpu().numpy().copy()]
     for t in range(1, 6):
@@ -89,7 +84,7 @@ def test_figures_of_a_matrix_in_blocks_are_numpys(device, relative):
     assert found == pytest.approx(expected, rel=1e-5)  # bias corrections are rounded to float32
 
 
-def test_the_residual_is_one_before_roots_small_when_they_are_fresh_and_grows(device):
+def test_the_residual_is_one_without_roots_small_when_they_are_fresh_and_then_grows(device):
     params, optimizer = make((10, 10), dtype=torch.float32, device=device, precondition_frequency=4)
     found = [next(x for name, x in step(params, optimizer, t)[0].items() if name != "optimizer") for t in range(1, 8)]
     residuals = [of_step["root_residual"] for of_step in found]
@@ -100,7 +95,7 @@ def test_the_residual_is_one_before_roots_small_when_they_are_fresh_and_grows(de
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(2.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
-def test_the_residual_measures_the_solvers_error_too(factor, expected):
+def test_the_residual_includes_the_solvers_error(factor, expected):
     params, optimizer = make((6,), precondition_frequency=1)
     step(params, optimizer, 1)
     optimizer._buckets[0][0].inv_roots[0][0].mul_(factor)
@@ -111,13 +106,13 @@ def test_the_residual_measures_the_solvers_error_too(factor, expected):
     ("options", "bound"),
     [({}, 1e-5), ({"exponents": (0.5, 0.0)}, 1e-5), ({"solver": "newton"}, 1e-5), ({"bf16_roots": True}, 2**-7)],
 )
-def test_every_kind_of_root_is_near_its_factor_when_fresh(options, bound):
+def test_fresh_roots_of_every_kind_have_a_small_residual(options, bound):
     params, optimizer = make((6, 6), dtype=torch.float32, precondition_frequency=1, **options)
     residuals = [step(params, optimizer, t)[0]["parameter 0 of shape (6, 6)"]["root_residual"] for t in range(1, 4)]
     assert max(residuals) < bound
 
 
-def test_bases_that_only_nearly_fit_show_in_the_residual():
+def test_approximate_bases_show_in_the_residual():
     params, optimizer = make((6, 6), precondition_frequency=1, solver="qr")
     residuals = [step(params, optimizer, t)[0]["parameter 0 of shape (6, 6)"]["root_residual"] for t in range(1, 4)]
     assert residuals[0] < 1e-5  # the first basis is exact
@@ -125,20 +120,20 @@ def test_bases_that_only_nearly_fit_show_in_the_residual():
     assert max(residuals[1:]) < 0.3
 
 
-def test_roots_given_up_and_rescued_are_reported():
+def test_missing_and_rescued_roots_are_reported():
     params, optimizer = make((16, 8), precondition_frequency=1)
     step(params, optimizer, 1)
     optimizer._buckets[0][0].inv_roots[0][1][1] = torch.eye(8)
     optimizer.events["roots computed in float64"] += 3
     found = diagnostics(optimizer)
-    assert found["parameter 0 of shape (16, 8)"]["roots_missing"] == 1 / 4  # two blocks of two roots
+    assert found["parameter 0 of shape (16, 8)"]["roots_missing"] == 1 / 4  # two blocks with two roots each
     assert found["optimizer"] == {"steps": 1, "steps_skipped": 0, "roots_rescued": 3}
 
 
 @pytest.mark.parametrize(
     ("shape", "m", "n"), [((9, 5), 9, 5), ((6, 2, 3), 6, 6), ((3, 4, 2, 5), 3, 40), ((7,), 7, 1), ((), 1, 1)]
 )
-def test_the_ratio_is_one_for_equal_singular_values_and_least_for_rank_one(shape, m, n):
+def test_the_nuclear_ratio_is_one_for_equal_singular_values_and_smallest_for_rank_one(shape, m, n):
     (W,), optimizer = make(shape, lr=0.0)
 
     def ratio(matrix):
@@ -153,15 +148,15 @@ def test_the_ratio_is_one_for_equal_singular_values_and_least_for_rank_one(shape
     assert ratio((U * singular) @ V) == pytest.approx(singular.sum() / np.linalg.norm(singular) / min(m, n) ** 0.5)
 
 
-def test_a_matrix_is_the_merged_one():
-    params, optimizer = make((4, 6, 2, 2), (4, 2), merge_dims=True, lr=0.0)  # to (4, 6, 4), and a vector of 8
+def test_norms_are_those_of_the_merged_matrix():
+    params, optimizer = make((4, 6, 2, 2), (4, 2), merge_dims=True, lr=0.0)  # merged to (4, 6, 4) and (8,)
     found, (G, _) = step(params, optimizer, 1)
     expected = np.linalg.norm(G.reshape(4, 24), "nuc")
     assert found["parameter 0 of shape (4, 6, 2, 2)"]["gradient_nuclear_norm"] == pytest.approx(expected)
     assert found["parameter 1 of shape (4, 2)"]["nuclear_ratio"] == pytest.approx(1)
 
 
-def test_parameters_report_what_they_have():
+def test_parameters_report_only_what_they_have():
     params, optimizer = make((12, 3), (40, 2), (5,), (3, 3), (0, 4), max_dim=40, precondition_vectors=False)
     params[3].requires_grad_(False)
     for p in params[:3]:
@@ -181,7 +176,7 @@ def test_before_the_first_step_there_are_no_factors():
     }
 
 
-def test_names_are_the_parameters_own_or_their_places_among_all():
+def test_parameters_are_named_by_their_names_or_by_index():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
     groups = [{"params": list(layer.parameters()), "weight_decay": i} for i, layer in enumerate(model)]
     shapes = ["(2, 3)", "(2,)", "(2, 2)", "(2,)"]
@@ -194,17 +189,17 @@ def test_names_are_the_parameters_own_or_their_places_among_all():
     assert list(diagnostics(AdamWShampoo(groups))) == ["optimizer", "0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_the_update_is_what_weights_of_few_bits_moved():
+def test_the_update_norm_is_that_of_the_rounded_weights():
     params, optimizer = make((8, 8), dtype=torch.bfloat16, lr=1e-3, weight_decay=0.1)
     before = params[0].detach().double().numpy().copy()
     found = step(params, optimizer, 1)[0]["parameter 0 of shape (8, 8)"]
     moved = np.linalg.norm(params[0].detach().double().numpy() - before)
-    assert 0 < moved < 1e-3 * 8  # some numbers of Adam's first step, 1e-3 each, are lost in rounding
+    assert 0 < moved < 1e-3 * 8  # rounding loses some elements of Adam's first step, 1e-3 each
     assert found["update_norm"] == pytest.approx(moved, rel=1e-12)
     assert found["update_ratio"] == pytest.approx(moved / np.linalg.norm(before), rel=1e-12)
 
 
-def test_a_gradient_that_is_not_finite_is_reported_as_it_is(caplog):
+def test_a_non_finite_gradient_is_reported_as_nan(caplog):
     params, optimizer = make((4, 4), (3,))
     step(params, optimizer, 1)
     params[0].grad[1, 2] = torch.nan
@@ -219,22 +214,22 @@ def test_a_gradient_that_is_not_finite_is_reported_as_it_is(caplog):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_factor_that_is_not_finite_is_reported_as_it_is(value):
+def test_a_non_finite_factor_is_reported_as_nan(value):
     params, optimizer = make((8,))
     step(params, optimizer, 1)
-    optimizer._buckets[0][0].factors[0][0][0, 2, 1] = value  # in the lower triangle, which is what eigh reads
+    optimizer._buckets[0][0].factors[0][0][0, 2, 1] = value  # eigh reads the lower triangle
     found = diagnostics(optimizer)["parameter 0 of shape (8,)"]
     assert all(np.isnan(found[figure]) for figure in FACTORS - {"roots_missing"})
     assert found["roots_missing"] == 1
 
 
-def test_bases_fit_until_the_factors_turn():
-    """Solver "qr" by its own test, in numpy: all bases fit when they are new, none after gradients of other directions."""
+def test_bases_fit_until_the_factors_rotate():
+    """Compare with the criterion of solver "qr" in numpy: new bases fit, and none fits after gradients in other directions."""
     (W,), optimizer = make((6, 5), solver="qr", qr_tolerance=0.3, precondition_frequency=50, start_preconditioning_step=2)
     shares = []
     for t in range(1, 12):
         W.grad = torch.zeros(6, 5, dtype=W.dtype)
-        W.grad[t // 3, t // 3] = 10.0**t  # one direction at first
+        W.grad[t // 3, t // 3] = 10.0**t  # a single direction at first
         W.grad += 10.0**t * torch.outer(torch.arange(6) % (t + 1) - 1.0, torch.arange(5) % (t + 2) - 1.0) * (t > 4)
         optimizer.step()
         (bucket,) = optimizer._buckets[0]
@@ -244,18 +239,18 @@ def test_bases_fit_until_the_factors_turn():
             fits.append(t >= 2 and np.linalg.norm(B - np.diag(np.diag(B))) <= 0.3 * np.linalg.norm(B))
         shares.append(diagnostics(optimizer)["parameter 0 of shape (6, 5)"]["bases_fit"])
         assert shares[-1] == np.mean(fits)
-    assert shares[0] == 0  # there are none yet
+    assert shares[0] == 0  # there are no bases yet
     assert shares[1] == 1
     assert shares[-1] == 0
 
 
-def test_a_factor_whose_rounding_made_an_eigenvalue_negative_is_shifted_as_the_solvers_do():
+def test_negative_eigenvalues_from_rounding_are_shifted_as_in_the_solvers():
     A = torch.tensor([[1.0, 0.0], [0.0, -5e-4]], dtype=torch.float64)
     condition, rank, _, missing = spectrum(A, torch.eye(2, dtype=torch.float64), 0.5, 1e-3, False)
     assert (condition, rank, missing) == (pytest.approx(1.0015 / 0.001), pytest.approx(1), True)
 
 
-def test_zeros_are_reported_as_ratios_without_a_value():
+def test_ratios_of_zeros_are_nan():
     params, optimizer = make((4, 4))
     params[0].data.zero_()
     params[0].grad = torch.zeros_like(params[0])
@@ -266,7 +261,7 @@ def test_zeros_are_reported_as_ratios_without_a_value():
     assert found["condition"] == 1
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_weights_that_do_not_match_the_parameters_are_refused():
     _, optimizer = make((4, 4), (3,))
     with pytest.raises(ValueError, match="the optimizer's 2 parameters from before the step"):
         diagnostics(optimizer, weights(optimizer)[:1])
@@ -274,7 +269,7 @@ def test_weights_that_do_not_fit_are_refused():
         diagnostics(optimizer, weights(optimizer)[::-1])
 
 
-def test_a_call_changes_and_keeps_nothing():
+def test_a_call_has_no_side_effects():
     (params, optimizer), (others, other) = make((12, 7), (5,), momentum=0.5), make((12, 7), (5,), momentum=0.5)
     for t in range(1, 8):
         for of in (params, others):
@@ -296,7 +291,7 @@ def test_a_call_changes_and_keeps_nothing():
 def test_tensorboard_gets_scalars_and_histograms(tmp_path):
     model = torch.nn.Linear(6, 4)
     optimizer = AdamWShampoo([{"params": list(model.parameters()), "param_names": ["weight", "bias"]}], **OPTIONS)
-    model.bias.data.zero_()  # an update ratio that is infinite
+    model.bias.data.zero_()  # makes the update ratio infinite
     with SummaryWriter(str(tmp_path)) as writer:
         for t in (1, 2):
             before = weights(optimizer)
@@ -316,43 +311,3 @@ def test_tensorboard_gets_scalars_and_histograms(tmp_path):
     logs = [np.log10(found[name]["gradient_norm"]) for name in ("weight", "bias")]
     histogram = events.Histograms("log10_over_parameters/gradient_norm")[-1].histogram_value
     assert (histogram.num, histogram.sum) == (2, pytest.approx(sum(logs)))
-
-
-def test_a_watched_run_is_the_run(tmp_path):
-    runs = [
-        train("airports_dlrm", LEARNING_RATES["airports_dlrm"], steps=6, every=every, folder=tmp_path / str(every))
-        for every in (2, 100)
-    ]
-    assert runs[1].empty
-    assert list(runs[0]["step"].unique()) == [2, 4, 6]
-    assert runs[0].query("parameter == 'output.weight'")["update_norm"].gt(0).all()
-    assert runs[0]["split_ratio"].dropna().between(0, 1.000001).all()
-    kept = [pd.read_csv(tmp_path / str(every) / "eval_measurements.csv") for every in (2, 100)]
-    losses = [table.filter(like="/loss") for table in kept]
-    assert losses[0].shape == (2, 3)
-    assert losses[0].equals(losses[1])
-
-
-def test_tables_of_ratios_have_medians_over_steps_and_the_slope_over_layers():
-    shapes = {"a": (4, 8), "b": (64, 16)}
-    rows = [
-        {
-            "workload": "w",
-            "parameter": name,
-            "step": t,
-            "m": m,
-            "n": n,
-            "nuclear_ratio": min(m, n) ** -0.5 * x,
-            "split_ratio": 0.5,
-        }
-        for name, (m, n) in shapes.items()
-        for t, x in enumerate((1.0, 1.5, 1.1))
-    ]
-    layers = layer_table(pd.DataFrame([*rows, {"workload": "w", "parameter": "bias", "step": 0, "nuclear_ratio": 1.0}]))
-    assert layers["least possible"].to_list() == [0.5, 0.25]
-    assert layers["batch median"].to_list() == pytest.approx([0.55, 0.275])
-    table = workload_table(layers).set_index("workload")
-    assert table.index.to_list() == ["w", "all"]
-    assert table.loc["w", ["matrices", "batch max", "slope, batch", "slope, eval_train"]].to_list() == pytest.approx(
-        [2, 0.55, -0.5, 0], abs=1e-9
-    )

@@ -1,4 +1,4 @@
-"""Roots that are refreshed a part at a time."""
+"""The blocks that are due at a step, if refreshes are staggered."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ STACKS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(1
 
 
 @given(STACKS, st.integers(1, 12), st.integers(1, 30))
-def test_every_block_has_its_turn(stacks, frequency, start):
+def test_every_block_is_due_once_per_period(stacks, frequency, start):
     stacks = tuple(stacks)
     due = [due_blocks(stacks, t, start, frequency, stagger=True) for t in range(start + 3 * frequency + 1)]
     blocks = [(i, b) for i, (count, *_) in enumerate(stacks) for b in range(count)]
@@ -26,7 +26,7 @@ def test_every_block_has_its_turn(stacks, frequency, start):
 
 
 @given(STACKS, st.integers(1, 12))
-def test_no_step_has_more_to_do_than_its_share_and_one_block(stacks, frequency):
+def test_no_step_costs_more_than_its_share_plus_one_block(stacks, frequency):
     def cost(of_step):
         return sum(len(some) * (m**3 + n**3) for some, (_, m, n) in zip(of_step, stacks))
 
@@ -35,8 +35,8 @@ def test_no_step_has_more_to_do_than_its_share_and_one_block(stacks, frequency):
     assert max(costs) <= sum(costs) / frequency + max(m**3 + n**3 for _, m, n in stacks)
 
 
-def test_roots_that_do_not_change_may_come_at_any_step():
-    """The same gradient at every step: bias-corrected factors stay as they are, and so do roots, whenever they are taken."""
+def test_staggering_does_not_change_constant_roots():
+    """With a constant gradient, bias-corrected factors are constant, and so are roots, whenever they are computed."""
     torch.manual_seed(0)
     start, G = torch.randn(2, 24, 20, dtype=torch.float64)
     weights = []

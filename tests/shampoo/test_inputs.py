@@ -1,15 +1,16 @@
-"""Whatever is passed in works as with torch's optimizers, or is refused by name and changes nothing (property-based)."""
+"""Property-based: any input works as in torch's optimizers, or is refused with an error that names it and changes nothing."""
 
 from copy import deepcopy
 
 import pytest
 import torch
+from common import identical
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shampoo import AdamWShampoo
 
-EXAMPLES = settings(deadline=None, derandomize=True)
+EXAMPLES = settings(derandomize=True)
 
 NUMBERS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True), st.integers(-2, 2000), st.booleans(), st.none(), st.text(max_size=3)
@@ -19,7 +20,7 @@ NUMBERS = st.one_of(
 @settings(EXAMPLES, max_examples=200)
 @given(st.sampled_from(sorted(set(AdamWShampoo([torch.zeros(1)]).defaults))), NUMBERS, st.booleans())
 def test_a_bad_option_is_named_and_a_good_one_works(name, value, later):
-    """In the constructor and in `add_param_group`, which leaves the optimizer as it was."""
+    """In the constructor and, if `later`, in `add_param_group`, which leaves the optimizer unchanged."""
     p, q = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(2))
     optimizer, error = AdamWShampoo([p], precondition_frequency=1) if later else None, ""
     try:
@@ -45,11 +46,11 @@ def normal(seed, *shape, dtype=torch.float32):
 
 
 def halves(seed):
-    whole = normal(seed, 6, 4)
-    return [whole[:3], whole[3:]]
+    storage = normal(seed, 6, 4)
+    return [storage[:3], storage[3:]]
 
 
-ODD = {  # one or several leaves, given a seed
+ODD = {  # functions from a seed to one or more leaves
     "plain": lambda seed: [normal(seed, 5, 3)],
     "size 0": lambda seed: [normal(seed, 0, 3)],
     "0-d": lambda seed: [normal(seed)],
@@ -64,14 +65,14 @@ ODD = {  # one or several leaves, given a seed
     "float16": lambda seed: [normal(seed, 5, 3, dtype=torch.float16)],
     "bfloat16": lambda seed: [normal(seed, 5, 3, dtype=torch.bfloat16)],
 }
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # float32 bias corrections
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # bias corrections are float32
 
 
 @settings(EXAMPLES, max_examples=100)
 @given(st.lists(st.sampled_from(sorted(ODD)), min_size=1, max_size=4), st.sampled_from([0.0, 0.1]), st.integers(1, 4))
-def test_odd_parameters_move_as_adamw_moves_them(kinds, weight_decay, start):
-    """torch's AdamW in float64 on contiguous copies tells where weights go until the first roots; then they stay finite."""
-    assume(not weight_decay or "the same memory twice" not in kinds)  # one after the other there, at once here
+def test_unusual_parameters_move_as_under_adamw(kinds, weight_decay, start):
+    """Until the first roots, weights follow torch's AdamW in float64 on contiguous copies; then they stay finite."""
+    assume(not weight_decay or "the same memory twice" not in kinds)  # AdamW decays a shared tensor twice in sequence
     params, oracle, frozen = [], [], []
     for seed, kind in enumerate(kinds):
         leaves = ODD[kind](seed)
@@ -91,7 +92,7 @@ def test_odd_parameters_move_as_adamw_moves_them(kinds, weight_decay, start):
             if t < start:
                 adamw[i].step()
         for p, off in zip(params, frozen):
-            p.requires_grad_(not off or t < 2)  # its gradient still counts, as in torch
+            p.requires_grad_(not off or t < 2)  # its gradient is still used, as in torch
         optimizer.step()
         for p, x in zip(params, leaves):
             if t < start:
@@ -111,7 +112,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
-def test_parameters_that_cannot_work_are_refused_by_name(make):
+def test_unsupported_parameters_are_refused_by_name(make):
     good = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"parameter 1 of shape \(\d, 3\)"):
         AdamWShampoo([good, make()])
@@ -122,7 +123,7 @@ def test_parameters_that_cannot_work_are_refused_by_name(make):
 
 
 def trained(**options):
-    """Parameters and an optimizer after three steps, with factors, roots, bases, all moments and two groups."""
+    """Return parameters and an optimizer with two groups after three steps, with factors, roots, bases and all moments."""
     params = [torch.nn.Parameter(normal(i, *shape)) for i, shape in enumerate([(6, 5), (7,), (2, 3)])]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]
     optimizer = AdamWShampoo(groups, block_size=6, precondition_frequency=2, momentum=0.5, solver="qr", **options)
@@ -138,20 +139,11 @@ def step(params, optimizer, t):
 
 
 def places(node, path=()):
-    """The paths to all values in dicts and lists."""
+    """Yield the paths to all values in nested dicts and lists."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         yield (*path, key)
         yield from places(value, (*path, key))
-
-
-def same(a, b):
-    """Equal to the bit, through containers."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 SAVED = trained()[1].state_dict()
@@ -161,10 +153,10 @@ WRONG = [DELETED, None, -1, 10**9, 0.5, "x", [], {}, torch.zeros(2, 2), torch.ze
 
 @settings(EXAMPLES, max_examples=300)
 @given(st.sampled_from(sorted(places(SAVED), key=repr)), st.sampled_from(WRONG))
-def test_a_spoiled_state_dict_is_refused_whole_or_works(path, value):
+def test_a_corrupted_state_dict_is_refused_without_changes_or_works(path, value):
     params, optimizer = trained(weight_decay=0.1)
-    before, spoiled = deepcopy((params, optimizer.state_dict())), deepcopy(SAVED)
-    node = spoiled
+    before, corrupted = deepcopy((params, optimizer.state_dict())), deepcopy(SAVED)
+    node = corrupted
     for key in path[:-1]:
         node = node[key]
     if value is DELETED:
@@ -173,20 +165,20 @@ def test_a_spoiled_state_dict_is_refused_whole_or_works(path, value):
         node[path[-1]] = value
     error = ""
     try:
-        optimizer.load_state_dict(spoiled)
+        optimizer.load_state_dict(corrupted)
     except ValueError as refused:
         error = str(refused)
     if error:
         assert any(str(word) in error for word in (path[-1], "param_groups", "parameter"))
-        assert same(before, (params, optimizer.state_dict()))
+        assert identical(before, (params, optimizer.state_dict()))
     else:
-        assert same(optimizer.state_dict()["state"], SAVED["state"])
+        assert identical(optimizer.state_dict()["state"], SAVED["state"])
     step(params, optimizer, 3)
     assert all(torch.isfinite(p).all() for p in params)
     assert optimizer.state_dict()["state"].keys() == SAVED["state"].keys()
 
 
-def test_a_state_dict_without_newer_options_keeps_those_of_the_optimizer():
+def test_options_that_a_state_dict_lacks_keep_their_values():
     _, optimizer = trained()
     older = deepcopy(SAVED)
     for group in older["param_groups"]:
@@ -208,7 +200,7 @@ def test_the_state_of_another_optimizer_is_refused():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch's optimizers take names from 2.6 on")
-def test_what_is_wrong_in_a_state_dict_is_named_as_the_parameter_is():
+def test_errors_of_a_state_dict_use_parameter_names():
     def make(rows):
         layer = torch.nn.Linear(4, rows)
         return AdamWShampoo(layer.named_parameters(), block_size=8)

@@ -1,4 +1,4 @@
-"""AdamWShampoo as a torch optimizer: identities with known methods, state, errors, and how its work is batched."""
+"""AdamWShampoo as a torch optimizer: special cases equal to known methods, state, errors, and batching."""
 
 import copy
 import io
@@ -6,28 +6,12 @@ import pickle
 
 import pytest
 import torch
+from common import identical, make_params, set_gradients, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo import AdamWShampoo
 
 NEVER = 10**9
-
-
-def make_params(*shapes, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
-
-
-def set_gradients(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-
-
-def train(optimizer, params, steps, first=0):
-    for t in range(first, first + steps):
-        set_gradients(params, 1000 + t)
-        optimizer.step()
 
 
 SHAPES = [(6, 5), (7,), (), (4, 3, 2, 2), (20, 9)]
@@ -36,14 +20,14 @@ SHAPES = [(6, 5), (7,), (), (4, 3, 2, 2), (20, 9)]
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_before_preconditioning_adam_grafting_is_adamw(weight_decay, device):
     ours, theirs = (make_params(*SHAPES, dtype=torch.float64, device=device) for _ in range(2))
-    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": weight_decay}  # the same decay convention: W <- W - lr wd W
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": weight_decay}  # both decay by W <- W - lr wd W
     train(AdamWShampoo(ours, start_preconditioning_step=NEVER, block_size=8, **options), ours, 30)
     train(torch.optim.AdamW(theirs, **options), theirs, 30)
     for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # not closer: we round the bias corrections to float32
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # bias corrections are rounded to float32
 
 
-def test_before_preconditioning_nadam_is_the_formula_written_out():
+def test_before_preconditioning_nadam_follows_its_formula():
     (W,), lr, beta1, beta2 = make_params((5, 4), dtype=torch.float64), 1e-2, 0.9, 0.99
     optimizer = AdamWShampoo([W], lr, betas=(beta1, beta2), nadam=True, start_preconditioning_step=NEVER)
     expected, M, V = W.detach().clone(), torch.zeros_like(W), torch.zeros_like(W)
@@ -58,7 +42,7 @@ def test_before_preconditioning_nadam_is_the_formula_written_out():
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_zero_exponents_without_grafting_are_sgd_with_an_averaged_gradient(bias_correction):
+def test_zero_exponents_without_grafting_are_sgd_on_an_averaged_gradient(bias_correction):
     (W,) = make_params((5, 4), dtype=torch.float64)
     optimizer = AdamWShampoo([W], 0.1, betas=(0.8, 0.9), exponents=0.0, grafting="none", bias_correction=bias_correction)
     expected, M = W.detach().clone(), torch.zeros_like(W)
@@ -70,20 +54,20 @@ def test_zero_exponents_without_grafting_are_sgd_with_an_averaged_gradient(bias_
     torch.testing.assert_close(W.detach(), expected, rtol=0, atol=1e-6)
 
 
-def test_zero_exponents_cost_no_factors():
+def test_zero_exponents_need_no_factors():
     (W,) = make_params((6, 5))
     one_sided, none = (AdamWShampoo([W], exponents=e).state_dict()["state"][0] for e in [(0.5, 0.0), 0.0])
     assert {key for key in one_sided if "." in key} == {"factors.0.0", "inv_roots.0.0"}
     assert not {key for key in none if "." in key}
 
 
-def test_dimensions_beyond_max_dim_cost_no_factors():
+def test_dimensions_above_max_dim_need_no_factors():
     (W,) = make_params((1_000_000, 2))
     state = AdamWShampoo([W]).state_dict()["state"][0]
     assert {key: tuple(x.shape) for key, x in state.items()} == {"exp_avg": (1_000_000, 2), "exp_avg_sq": (1_000_000, 2)}
 
 
-def test_roots_may_be_kept_in_half_the_bytes():
+def test_roots_may_be_stored_in_bfloat16():
     weights = []
     for small in (False, True):
         (W,) = params = make_params((20, 9))
@@ -99,7 +83,7 @@ def test_roots_may_be_kept_in_half_the_bytes():
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the operations that are dispatched."""
+    """Records the names of dispatched operations."""
 
     def __init__(self):
         super().__init__()
@@ -163,23 +147,12 @@ def test_a_step_without_any_gradient_changes_nothing():
     before = copy.deepcopy((params, optimizer.state_dict()))
     optimizer.zero_grad()
     optimizer.step()
-    assert same(before, (params, optimizer.state_dict()))
-
-
-def same(a, b):
-    """Equal to the bit, through containers."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    assert identical(before, (params, optimizer.state_dict()))
 
 
 STATES = {
     "adam": {"block_size": 8},
-    "qr, staggered, small": {"block_size": 8, "solver": "qr", "stagger": True, "bf16_roots": True},
+    "qr, staggered, bfloat16 roots": {"block_size": 8, "solver": "qr", "stagger": True, "bf16_roots": True},
     "momentum": {"momentum": 0.9, "grafting": "sgd", "betas": (0.0, 0.9)},
     "one-sided, unmerged": {"exponents": (0.5, 0.0), "merge_dims": False, "block_size": 4},
     "max_dim": {"max_dim": 9, "grafting": "none"},
@@ -188,7 +161,7 @@ STATES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", STATES.values(), ids=STATES)
-def test_a_run_resumed_from_its_state_dict_goes_on_bit_for_bit(options, dtype, device):
+def test_a_run_resumed_from_its_state_dict_continues_bit_for_bit(options, dtype, device):
     options = {"precondition_frequency": 3, **options}
     params = make_params(*SHAPES, dtype=dtype, device=device)
     optimizer = AdamWShampoo(params, **options)
@@ -203,21 +176,21 @@ def test_a_run_resumed_from_its_state_dict_goes_on_bit_for_bit(options, dtype, d
     other = AdamWShampoo(resumed, lr=0.5, precondition_frequency=1)  # the options come from the checkpoint
     other.load_state_dict(saved["optimizer"])
     train(other, resumed, 7, first=7)
-    assert same(params, resumed)
-    assert same(optimizer.state_dict(), other.state_dict())
+    assert identical(params, resumed)
+    assert identical(optimizer.state_dict(), other.state_dict())
     state = [(name, x) for of_parameter in other.state_dict()["state"].values() for name, x in of_parameter.items()]
     assert all(x.dtype == torch.float32 or ("roots" in name and options.get("bf16_roots")) for name, x in state)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
-def test_copies_go_on_alike(clone):
+def test_copies_continue_identically(clone):
     params = make_params(*SHAPES)
     optimizer = AdamWShampoo(params, precondition_frequency=2)
     train(optimizer, params, 5)
     other_params, other = clone((params, optimizer))
     train(optimizer, params, 5)
     train(other, other_params, 5)
-    assert same(params, other_params)
+    assert identical(params, other_params)
     assert params[0].data_ptr() != other_params[0].data_ptr()
 
 
@@ -249,7 +222,7 @@ def test_a_bad_state_dict_is_refused_and_changes_nothing(spoil, message):
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(spoil(copy.deepcopy(before)))
-    assert same(before, optimizer.state_dict())
+    assert identical(before, optimizer.state_dict())
     train(optimizer, params, 1)
 
 
@@ -292,7 +265,7 @@ def test_a_bad_option_is_named_with_its_value(name, value):
     ("name", "value"),
     [("exchange_dtype", torch.int8), ("exchange_dtype", "bf16"), ("process_group", [0, 1]), ("process_group", "gloo")],
 )
-def test_a_bad_option_of_the_ranks_is_named_with_its_value(name, value):
+def test_a_bad_distributed_option_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
         AdamWShampoo(make_params((2, 2)), **{name: value})
 
@@ -308,9 +281,9 @@ def test_unknown_options_and_bad_parameters_are_refused():
         AdamWShampoo([*make_params((2,)), torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
 
 
-def test_parts_of_several_parameters_are_refused():
+def test_flat_parameters_of_fsdp1_are_refused():
     (flat,) = make_params((12,))
-    flat._is_flat_param = True  # as FSDP1 marks them: ranks have other parts of the same shape
+    flat._is_flat_param = True  # as FSDP1 marks them: ranks hold different parts of the same shape
     with pytest.raises(ValueError, match=r"parameter 0 of shape \(12,\) is a part of several.*use FSDP2"):
         AdamWShampoo([flat])
 
@@ -324,10 +297,10 @@ def test_a_sparse_gradient_is_refused_before_anything_changes():
     params[1].grad = torch.eye(5, 3).to_sparse()
     with pytest.raises(RuntimeError, match=r"parameter 1 of shape \(5, 3\) .*sparse"):
         optimizer.step()
-    assert same(before, (params, optimizer.state_dict()))
+    assert identical(before, (params, optimizer.state_dict()))
 
 
-def test_add_param_group_joins_a_run():
+def test_a_group_added_during_a_run_is_trained():
     old, new = make_params((4, 4)), make_params((3, 5))
     optimizer = AdamWShampoo(old, precondition_frequency=2)
     train(optimizer, old, 3)
@@ -339,7 +312,7 @@ def test_add_param_group_joins_a_run():
 
 
 @pytest.mark.parametrize(("before", "after"), [(100, 5), (5, 100)])
-def test_changing_the_frequency_never_stops_the_weights(before, after):
+def test_weights_keep_moving_when_the_frequency_changes(before, after):
     (W,) = make_params((6, 5))
     optimizer = AdamWShampoo([W], precondition_frequency=before)
     train(optimizer, [W], 12)
@@ -352,7 +325,7 @@ def test_changing_the_frequency_never_stops_the_weights(before, after):
 
 
 def test_a_compiled_model_is_compiled_once():
-    """Neither steps, refreshes nor a schedule change what the compiler has seen."""
+    """Steps, refreshes, a schedule and load_state_dict cause no recompilation."""
     from torch._dynamo.testing import CompileCounter
 
     counter, model = CompileCounter(), torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -371,8 +344,8 @@ def test_a_compiled_model_is_compiled_once():
     assert counts == [1] * 12
 
 
-def test_state_dict_takes_time_in_proportion_to_the_parameters():
-    """Counted in operations: twice the parameters, about twice the work."""
+def test_state_dict_takes_time_proportional_to_the_number_of_parameters():
+    """Twice the parameters dispatch about twice the operations."""
 
     def operations(count):
         optimizer = AdamWShampoo(make_params(*[(3, 3)] * count))
@@ -383,8 +356,8 @@ def test_state_dict_takes_time_in_proportion_to_the_parameters():
     assert operations(80) < 2.2 * operations(40)
 
 
-def test_it_learns():
-    """Least squares with a condition number of 1e4: far below plain Adam's loss after as many steps."""
+def test_it_learns_faster_than_adam():
+    """On least squares with condition number 1e4, the loss is less than half of Adam's after the same number of steps."""
 
     def final_loss(make):
         generator = torch.Generator().manual_seed(0)

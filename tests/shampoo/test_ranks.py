@@ -1,30 +1,12 @@
-"""Several ranks: every check runs in real processes that gloo connects, one pool of them for each number of ranks."""
+"""Multiple ranks: every check runs in real processes connected by gloo."""
 
 import pytest
 import rank_checks
 import torch
-from rank_checks import Pool, single_process
+from common import largest_difference
+from rank_checks import single_process
 
-needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 works on CPUs from torch 2.6 on")
-
-
-@pytest.fixture(scope="module")
-def pools():
-    """A pool for each number of ranks, started when first asked for, and again after a check that did not end."""
-    started = {}
-
-    def pool(size):
-        if size not in started or started[size].closed:
-            started[size] = Pool(size)
-        return started[size]
-
-    yield pool
-    for pool in started.values():
-        pool.close()
-
-
-def largest_difference(weights, others):
-    return max((x - y).abs().max().item() for x, y in zip(weights, others, strict=True))
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 on CPUs needs torch 2.6")
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -38,7 +20,7 @@ def largest_difference(weights, others):
     ],
     ids=["adam", "momentum", "sgd", "qr"],
 )
-def test_all_ranks_have_the_weights_of_one(pools, size, options):
+def test_all_ranks_have_the_weights_of_a_single_process(pools, size, options):
     weights = pools(size).run(rank_checks.weights_after, **options)
     for other in weights[1:]:
         assert all(map(torch.equal, weights[0], other))
@@ -54,14 +36,14 @@ def test_each_rank_reports_what_it_owns(pools, size, sharded):
         reports = [found[name] for found in of_ranks if name in found]
         for figure in set(expected) - {"condition", "effective_rank", "root_residual", "roots_missing"}:
             assert [report[figure] for report in reports] == pytest.approx([expected[figure]] * len(reports), rel=1e-3)
-        if name != "optimizer":  # the factors of a rank's own blocks alone
+        if name != "optimizer":  # each rank sees only the factors of its own blocks
             assert max(report["condition"] for report in reports) == pytest.approx(expected["condition"], rel=1e-3)
             assert min(report["effective_rank"] for report in reports) == pytest.approx(expected["effective_rank"], rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_before_the_first_roots_the_bits_are_those_of_one(pools, size):
-    """Elementwise work does not depend on how blocks are stacked; the rounding of batched products may."""
+def test_before_the_first_roots_weights_equal_a_single_process_bit_for_bit(pools, size):
+    """Elementwise operations do not depend on how blocks are stacked; the rounding of batched products may."""
     weights = pools(size).run(rank_checks.weights_after, start_preconditioning_step=100)
     assert all(map(torch.equal, weights[0], single_process(start_preconditioning_step=100)))
 
@@ -77,14 +59,14 @@ def test_more_ranks_than_blocks(pools, size):
 
 
 @pytest.mark.parametrize("check", [rank_checks.missing_on_one_rank, rank_checks.sharded_gradient_missing_on_one_rank])
-def test_a_gradient_missing_on_one_rank_is_an_error_on_all_a_step_later(pools, check):
+def test_a_gradient_missing_on_one_rank_raises_on_all_ranks_one_step_later(pools, check):
     results = pools(2).run(check)
     assert [t for t, _ in results] == [4, 4]
     assert all("some ranks had a gradient where others had none" in text for _, text in results)
     assert all("mix.weight" in text or "shape (24, 20)" in text or "shape (4, 6)" in text for _, text in results)
 
 
-def test_ranks_that_differ_are_an_error_at_construction(pools):
+def test_ranks_that_differ_raise_at_construction(pools):
     for rank, errors in enumerate(pools(2).run(rank_checks.different_options)):
         assert "rank 0 has option eps = 0.0001 where rank 1 has option eps = 0.001" in errors[0]
         assert "rank 0 has parameter 0 of shape (3, 4)" in errors[1]
@@ -95,7 +77,7 @@ def test_ranks_that_differ_are_an_error_at_construction(pools):
         assert "empty parameter list" in errors[4]
 
 
-def test_ranks_that_differ_later_are_an_error_where_they_meet(pools):
+def test_ranks_that_differ_later_raise_when_they_next_communicate(pools):
     for errors in pools(2).run(rank_checks.different_later):
         for text, expected in zip(
             errors,
@@ -111,7 +93,7 @@ def test_ranks_that_differ_later_are_an_error_where_they_meet(pools):
             assert expected in text
 
 
-def test_a_group_that_ranks_disagree_on_is_kept_by_none(pools):
+def test_a_group_that_differs_between_ranks_is_added_on_none(pools):
     for error, groups, with_state, moved in pools(2).run(rank_checks.refused_group):
         assert "option eps" in error
         assert (groups, with_state, moved) == (1, 1, True)
@@ -119,8 +101,8 @@ def test_a_group_that_ranks_disagree_on_is_kept_by_none(pools):
 
 @needs_fsdp2
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["cut", "uneven and empty"])
-def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
+@pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["split blocks", "uneven and empty shards"])
+def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, sizes):
     results = pools(size).run(rank_checks.fully_sharded, sizes=sizes)
     weights, numbers = rank_checks.fully_sharded_alone(sizes)
     for result, _ in results:
@@ -133,7 +115,7 @@ def test_fully_sharded_weights_are_those_of_one_process(pools, size, sizes):
 
 @needs_fsdp2
 @pytest.mark.parametrize("case", ["hybrid", "tensor", "both", "by hand"])
-def test_dtensors_of_any_placement_move_as_in_one_process(pools, case):
+def test_dtensors_of_any_placement_move_as_in_a_single_process(pools, case):
     results = pools(4).run(rank_checks.placed, case=case)
     weights, numbers = rank_checks.fully_sharded_alone((24, 40, 7))
     assert all(all(map(torch.equal, result, results[0][0])) for result, _ in results)
@@ -141,7 +123,7 @@ def test_dtensors_of_any_placement_move_as_in_one_process(pools, case):
     assert sum(of_rank for _, of_rank in results) == numbers
 
 
-def test_the_exchange_takes_four_bytes_a_parameter(pools):
+def test_the_exchange_takes_four_bytes_per_parameter(pools):
     for full, half in pools(4).run(rank_checks.received_bytes):
         assert 4 <= full <= 4.1
         assert 2 <= half <= 2.05
@@ -158,7 +140,7 @@ def test_a_bfloat16_exchange_keeps_ranks_equal(pools, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
-    """Each rank spreads its own blocks over the steps: not as one process would, but near it."""
+    """Each rank staggers its own blocks, so weights are close to those of a single process but not equal."""
     options = {"stagger": True, "bf16_roots": True, "precondition_frequency": 5, "start_preconditioning_step": 10}
     weights = pools(size).run(rank_checks.weights_after, **options)
     assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
@@ -166,7 +148,7 @@ def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
     assert largest_difference(weights[0], alone) < 0.1 * largest_difference(alone, single_process(steps=0))
 
 
-def test_groups_of_ranks_share_out_and_replicate(pools):
+def test_blocks_are_distributed_within_groups_and_replicated_between_them(pools):
     results = pools(4).run(rank_checks.replicated)
     assert all(all(map(torch.equal, results[0][0], weights)) for weights, _ in results[1:])
     assert largest_difference(results[0][0], single_process()) <= 1e-6
@@ -175,17 +157,17 @@ def test_groups_of_ranks_share_out_and_replicate(pools):
 
 
 @pytest.mark.parametrize(("dtype", "solver"), [(torch.float32, "eigh"), (torch.bfloat16, "eigh"), (torch.float32, "qr")])
-def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(pools, tmp_path, dtype, solver):
+def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(pools, tmp_path, dtype, solver):
     options = {"dtype": dtype, "solver": solver}
-    whole, rates = rank_checks.checkpointed(0, 1, tmp_path, 0, 45, **options)
+    uninterrupted, rates = rank_checks.checkpointed(0, 1, tmp_path, 0, 45, **options)
     pools(2).run(rank_checks.checkpointed, path=str(tmp_path), first=0, last=15, **options)
     pools(4).run(rank_checks.checkpointed, path=str(tmp_path), first=15, last=30, **options)
     resumed, resumed_rates = rank_checks.checkpointed(0, 1, tmp_path, 30, 45, **options)
     assert resumed_rates == rates
     if dtype == torch.float32:
-        assert largest_difference(resumed, whole) <= 1e-6
+        assert largest_difference(resumed, uninterrupted) <= 1e-6
     else:
-        assert all(map(torch.equal, resumed, whole))
+        assert all(map(torch.equal, resumed, uninterrupted))
     state = torch.load(tmp_path / "45", weights_only=True)["optimizer"]["state"]
     assert {x.dtype for of_parameter in state.values() for x in of_parameter.values()} == {torch.float32}
 
@@ -197,43 +179,28 @@ def test_a_state_dict_needs_consolidate(pools):
         assert "call consolidate() on all ranks" in text
 
 
-def test_torchs_distributed_checkpoints(pools, tmp_path):
-    whole = rank_checks.weights_after(0, 1, 45, start_preconditioning_step=10, precondition_frequency=5)
+def test_torchs_distributed_checkpoints_resume(pools, tmp_path):
+    uninterrupted = rank_checks.weights_after(0, 1, 45, start_preconditioning_step=10, precondition_frequency=5)
     for size, first, last in ((2, 0, 15), (4, 15, 30), (2, 30, 45)):
         weights = pools(size).run(rank_checks.distributed_checkpoint, path=str(tmp_path), first=first, last=last)
-    assert largest_difference(weights[0], whole) <= 1e-6
+    assert largest_difference(weights[0], uninterrupted) <= 1e-6
 
 
-def test_all_ranks_skip_a_step_alike(pools):
+def test_all_ranks_skip_a_step_together(pools):
     first, second = pools(2).run(rank_checks.not_finite, alone=False)
     assert first[:3] == second[:3] == ([True, True, False, True, True, True], {"steps skipped": 1}, [5, 5])
     assert all(map(torch.equal, first[3], second[3]))
 
 
-def test_a_step_that_one_rank_skips_is_an_error_on_all(pools):
+def test_a_step_that_only_one_rank_skips_raises_on_all_ranks(pools):
     for t, error in pools(2).run(rank_checks.not_finite, alone=True):
         assert t == 3
         assert "some ranks had gradients with NaN or Inf" in error
 
 
 @pytest.mark.parametrize(("closure", "words"), [(False, "it must be dense"), (True, "index out of range")])
-def test_a_rank_that_fails_stops_all(pools, closure, words):
-    (first, text), (second, own) = pools(2).run(rank_checks.failing_on_one_rank, closure=closure)
+def test_a_rank_that_fails_stops_all_ranks(pools, closure, words):
+    (first, message), (second, cause) = pools(2).run(rank_checks.failing_on_one_rank, closure=closure)
     assert (first, second) == (2, 1)
-    assert "a rank failed in the last step" in text
-    assert words in own
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_the_submissions_ranks_take_the_step_of_the_whole_batch(pools, wrapped):
-    """The padding lies on rank 1 alone: a mean over ranks of means would differ. AlgoPerf resumes with a bare model."""
-    weights = pools(2).run(rank_checks.submitted, wrapped=wrapped)
-    assert all(map(torch.equal, *weights))
-    assert largest_difference(weights[0], rank_checks.submitted(0, 1, False)) <= 1e-5
-
-
-def test_the_submission_gathers_only_for_checkpoints_and_says_what_it_lacks(pools):
-    gathered, lacking, error = pools(2).run(rank_checks.submission_saves)[0]
-    assert gathered == ["param_groups", "state"]
-    assert lacking == ["not_resumable"]
-    assert error == "this checkpoint cannot be resumed from: why"
+    assert "a rank failed in the last step" in message
+    assert words in cause

@@ -1,8 +1,9 @@
-"""The stacked code against the dense float64 reference: shapes, blocks, exponents, grafting, momentum, missing gradients."""
+"""The optimizer compared with the dense float64 reference: shapes, blocks, exponents, grafting, momentum, missing gradients."""
 
 import numpy as np
 import pytest
 import torch
+from common import largest_difference
 from reference import trajectory
 
 from shampoo import AdamWShampoo
@@ -10,7 +11,7 @@ from shampoo import AdamWShampoo
 SHAPES = [(), (1,), (7,), (5, 6), (1, 8, 1), (9, 4), (4, 3, 5), (3, 2, 4, 3), (9, 4), (0, 3)]
 BASE = dict(AdamWShampoo([torch.zeros(1)]).defaults) | {
     "betas": (0.9, 0.97),
-    "eps": 1e-2,  # conditions the roots of rank-deficient factors, so that rounding stays rounding
+    "eps": 1e-2,  # large enough that rounding errors of rank-deficient factors stay small
     "precondition_frequency": 3,
     "start_preconditioning_step": 2,
     "block_size": 1024,
@@ -20,11 +21,11 @@ CASES = {
     "blocks of 4": {"block_size": 4},
     "blocks of 3": {"block_size": 3, "merge_dims": False},
     "blocks of 1": {"block_size": 1},
-    "dimensions unmerged, of size 1 too": {"merge_dims": False},
+    "unmerged dimensions": {"merge_dims": False},
     "default start": {"start_preconditioning_step": None},
     "roots every step": {"precondition_frequency": 1, "start_preconditioning_step": None},
     "one power": {"exponents": 0.5},
-    "one whole power": {"exponents": 1},
+    "one integer power": {"exponents": 1},
     "left": {"exponents": (0.5, 0.0)},
     "right": {"exponents": (0.0, 0.5), "block_size": 4},
     "left and right": {"exponents": (0.3, 0.4), "merge_dims": False},
@@ -61,7 +62,7 @@ CASES = {
 
 
 def problem(seed, steps, missing):
-    """Weights, and gradients per step with None for the missing; on step 4 all are missing, where any is."""
+    """Return weights, and gradients per step; if `missing`, all are None at index 4 and 40% elsewhere."""
     rng = np.random.default_rng(seed)
     weights = [rng.standard_normal(shape) for shape in SHAPES]
     gradients = [[rng.standard_normal(shape) * 10 ** rng.uniform(-1, 0) for shape in SHAPES] for _ in range(steps)]
@@ -71,7 +72,7 @@ def problem(seed, steps, missing):
 
 
 def run(groups, gradients, lrs, params):
-    """Step through the gradients; the weights after each step."""
+    """Take a step per row of gradients. Return the weights after each step."""
     optimizer, out = AdamWShampoo(groups), []
     for row, lr in zip(gradients, lrs):
         for p, g in zip(params, row):
@@ -85,10 +86,6 @@ def run(groups, gradients, lrs, params):
 
 def parameters(weights, dtype, device="cpu"):
     return [torch.nn.Parameter(torch.tensor(w, dtype=dtype, device=device)) for w in weights]
-
-
-def largest_difference(a, b):
-    return max((np.abs(x - y).max() for rows in zip(a, b) for x, y in zip(*rows) if x.size), default=0.0)
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["all gradients", "some missing"])
@@ -112,10 +109,10 @@ def test_equals_reference_in_float32(case, device):
     assert largest_difference(ours, trajectory(weights, gradients, lrs, options)) < 1e-5
 
 
-def test_each_group_has_its_options_and_its_step_count():
+def test_each_group_has_its_own_options_and_step_count():
     cases = ["blocks of 4", "no grafting", "left and right", "heavy ball", "max_dim"]
     weights, gradients = problem(seed=2, steps=12, missing=True)
-    gradients[6][2:4] = gradients[7][2:4] = [None, None]  # no gradient in the whole second group: its count stands still
+    gradients[6][2:4] = gradients[7][2:4] = [None, None]  # no gradients in the second group: its count stops
     lrs = np.full(12, 1e-2)
     params = parameters(weights, torch.float64)
     places = [slice(2 * i, 2 * i + 2) for i in range(len(cases))]
@@ -125,7 +122,7 @@ def test_each_group_has_its_options_and_its_step_count():
         assert largest_difference([row[s] for row in ours], expected) < 1e-9
 
 
-def test_bfloat16_weights_follow_float32_state():
+def test_bfloat16_weights_follow_the_reference_up_to_rounding():
     weights, gradients = problem(seed=3, steps=12, missing=False)
     params = parameters(weights, torch.bfloat16)
     rounded = [p.detach().double().numpy() for p in params]
@@ -133,11 +130,11 @@ def test_bfloat16_weights_follow_float32_state():
     lrs = np.full(12, 1e-2)
     ours = run([{"params": params, **BASE}], gradients, lrs, params)
     expected = trajectory(rounded, gradients, lrs, BASE)
-    # Every step rounds the weight to bfloat16's 8 bits: half a unit in the last place of weights below 4, over 12 steps.
+    # Each of 12 steps rounds weights below 4 to the 8 bits of bfloat16.
     assert largest_difference(ours, expected) < 12 * 4 * 2**-8
 
 
-def test_channels_last_weights(device):
+def test_channels_last_weights_equal_the_reference(device):
     weights = [np.random.default_rng(0).standard_normal(shape) for shape in [(6, 3, 2, 2), (9, 3, 2, 2), (5, 7, 1, 1)]]
     gradients = [[np.random.default_rng(t).standard_normal(w.shape) for w in weights] for t in range(6)]
     options = BASE | {"block_size": 6, "weight_decay": 0.1}

@@ -1,4 +1,4 @@
-"""Every solver of the table against float64, and what happens when one fails."""
+"""Every solver compared with float64, and what happens when a solver fails."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from shampoo.roots import SOLVERS, inverse_root
 
 
 def root(A, p, eps, Q=None, **options):
-    """The roots alone, of matrices on which nothing fails."""
+    """Return the roots of matrices on which no solver fails."""
     X, rescued = inverse_root(A, 1.0, p, eps, torch.zeros_like(A), Q, **options)
     assert not rescued
     return X
@@ -24,7 +24,7 @@ def relative(ours, expected):
     return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
 
 
-# What `newton` adds to eps, in parts of ||A||_F, moves a root by no more than 40 times the bound of a backward stable solver.
+# The multiple of ||A||_F that `newton` adds to eps moves a root by at most 40 times the bound of a backward stable solver.
 MULTIPLE = {"eigh": 1, "qr": 1, "newton": 40}
 
 
@@ -46,14 +46,14 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
 
 
 @pytest.mark.parametrize("solver", ["eigh", "qr"])
-def test_a_diagonal_is_taken_elementwise(solver):
+def test_a_diagonal_matrix_is_solved_elementwise(solver):
     diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])
     A = torch.diag(diagonal)[None]
     X = root(A, 0.25, 1e-8, torch.zeros_like(A), solver=solver)
     torch.testing.assert_close(X[0], torch.diag((diagonal + 1e-8) ** -0.25), rtol=1e-5, atol=0)
 
 
-def test_a_basis_that_failed_begins_anew():
+def test_a_failed_basis_is_reset():
     A = 2 * torch.eye(3)[None]
     Q = torch.full_like(A, torch.nan)
     torch.testing.assert_close(root(A, 0.5, 1e-8, Q, solver="qr"), 2**-0.5 * torch.eye(3)[None])
@@ -62,8 +62,8 @@ def test_a_basis_that_failed_begins_anew():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("tolerance", "error"), [(0.1, 0.1), (0.3, 0.4)])
-def test_a_basis_follows_a_factor_that_moves(tolerance, error, seed):
-    """An average with decay 0.9 of gradients whose covariance turns slowly, its root taken every 10 steps."""
+def test_a_basis_follows_a_changing_factor(tolerance, error, seed):
+    """Average with decay 0.9 gradients whose covariance rotates slowly, and take a root every 10 steps."""
     draw = torch.Generator().manual_seed(seed)
     scales, turn = torch.logspace(0, -2, 24), torch.randn(24, 24, generator=draw)
     A, Q, errors = torch.zeros(2, 24, 24), torch.zeros(2, 24, 24), []
@@ -77,11 +77,9 @@ def test_a_basis_follows_a_factor_that_moves(tolerance, error, seed):
     assert max(errors) < error
 
 
-def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
-    lam, bases = (
-        torch.logspace(0, -3, 16),
-        torch.linalg.qr(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))).Q,
-    )
+def test_only_a_basis_that_does_not_fit_is_updated():
+    lam = torch.logspace(0, -3, 16)
+    bases = torch.linalg.qr(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))).Q
     A = (bases * lam) @ bases.mT
     Q = bases.clone()
     Q[1] = torch.eye(16)
@@ -91,7 +89,7 @@ def test_a_good_basis_stays_as_it_is_and_a_bad_one_alone_moves():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_roots_are_of_full_precision_whatever_is_allowed(solver, device):
+def test_roots_have_full_precision_whatever_the_matmul_setting(solver, device):
     G = torch.randn(3, 64, 64, device=device, generator=torch.Generator(device).manual_seed(0))
     A = G @ G.mT / 64
     full = root(A, 0.25, 1e-3, torch.zeros_like(A), solver=solver)
@@ -103,7 +101,7 @@ def test_roots_are_of_full_precision_whatever_is_allowed(solver, device):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_newton_wants_roots_of_whole_numbers():
+def test_newton_needs_exponents_that_are_inverse_integers():
     with pytest.raises(ValueError, match=r"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are \(0.3, 0.3\)"):
         AdamWShampoo([torch.zeros(3, 4)], solver="newton", exponents=0.3, block_size=3)
 
@@ -114,8 +112,8 @@ def test_negative_eigenvalues_are_shifted_to_zero():
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["raises", "returns NaN"])
-def test_a_matrix_that_fails_alone_falls_back_alone(monkeypatch, silent):
-    """The solver fails on matrix 1 in float32 and on matrix 2 in any precision; matrix 0 and 3 do not notice."""
+def test_only_a_matrix_that_fails_falls_back(monkeypatch, silent):
+    """The solver fails on matrix 1 in float32 and on matrix 2 in any precision; matrices 0 and 3 are unaffected."""
 
     def fails(A, s, p, eps, Q=None, tolerance=0.0):
         entry = (s * A[:, 0])[:, 0]

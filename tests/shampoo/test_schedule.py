@@ -16,8 +16,8 @@ def learning_rates(make, steps):
 
 
 @pytest.mark.parametrize(("hint", "warmup", "factor"), [(200, 0.02, 1.0), (333, 0.1, 0.6), (50, 0.05, 0.6)])
-def test_tail_rise_is_what_torchs_schedulers_do_in_sequence(hint, warmup, factor):
-    """The competition's schedule, far past its horizon too, where its cosine climbs again."""
+def test_tail_rise_equals_torchs_schedulers_in_sequence(hint, warmup, factor):
+    """Compare far beyond the horizon too, where the cosine of the competition's schedule rises again."""
     horizon = factor * hint
     steps = int(warmup * horizon)
 
@@ -36,10 +36,10 @@ def test_tail_zero_stays_at_zero():
     assert (rates[100:] == 0).all()
 
 
-def test_without_warmup_it_begins_at_the_top():
+def test_without_warmup_it_starts_at_the_peak():
     assert learning_rates(lambda optimizer: warmup_cosine(optimizer, 100, 0), 1)[0] == 0.5
 
 
-def test_unknown_tail():
+def test_an_unknown_tail_is_refused():
     with pytest.raises(ValueError, match="tail is 'flat'; it must be one of zero, rise"):
         warmup_cosine(torch.optim.SGD([torch.zeros(1)]), 10, 1, "flat")

@@ -1,0 +1,43 @@
+"""Parameters, gradients and comparisons that several tests share."""
+
+import numpy as np
+import torch
+
+
+def make_params(*shapes, dtype=torch.float32, device="cpu", seed=0):
+    """Return a parameter per shape with standard normal elements."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def set_gradients(params, seed, scale=1.0):
+    """Set the gradients to `scale` times standard normal elements."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
+
+
+def train(optimizer, params, steps, first=0):
+    """Take steps first, ..., first + steps - 1, each with its own random gradients."""
+    for t in range(first, first + steps):
+        set_gradients(params, 1000 + t)
+        optimizer.step()
+
+
+def identical(a, b):
+    """Return True if nested containers have the same structure, dtypes and values."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+
+def largest_difference(a, b):
+    """Return the largest absolute difference between elements of two nested lists of tensors or arrays; NaN if there is one."""
+    if isinstance(a, list):
+        return np.max([largest_difference(x, y) for x, y in zip(a, b, strict=True)], initial=0.0)
+    difference = abs(a - b)
+    return float(difference.max()) if 0 not in difference.shape else 0.0

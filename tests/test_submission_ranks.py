@@ -1,0 +1,58 @@
+"""The submission on multiple ranks, in processes connected by gloo."""
+
+import pytest
+import torch
+from absl import flags
+from fake_workload import FakeWorkload, as_point, start, step
+from torch import nn
+
+import submission
+
+pytestmark = pytest.mark.slow
+
+
+def submitted(rank, size, wrapped):
+    """Take six steps on this rank's part of each batch, with the model in DDP or bare. Return the weights."""
+    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
+    workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    model = nn.parallel.DistributedDataParallel(workload.model) if wrapped else workload.model
+    state = start(workload, point, model)
+    for t in range(6):
+        part = {key: x.chunk(size)[rank] for key, x in workload.batch(t).items()}
+        step(workload, state, point, part, t, model)
+    return [p.detach().clone() for p in workload.model.parameters()]
+
+
+def saved_state(rank, size):
+    """Return the keys of rank 0's state_dict with checkpoints on and off, and the error of loading the latter."""
+    if "save_checkpoints" not in flags.FLAGS:
+        flags.DEFINE_boolean("save_checkpoints", True, "as the runner defines it")
+    flags.FLAGS.mark_as_parsed()
+    found = []
+    for saves in (True, False):
+        flags.FLAGS.save_checkpoints = saves
+        workload, point = FakeWorkload(), as_point()
+        state = start(workload, point)
+        step(workload, state, point, workload.batch())
+        submission.prepare_for_eval(workload, workload.model, {}, None, point, workload.loss_type, state, [], 1, [0, 0])
+        found.append(sorted(state["optimizer"].state_dict()) if rank == 0 else None)
+    try:
+        state["optimizer"].load_state_dict({"not_resumable": "why"})
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_ranks_take_the_step_of_the_full_batch(pools, wrapped):
+    """All padding is on rank 1, so a mean of per-rank means would differ. AlgoPerf resumes with a bare model."""
+    weights = pools(2).run(submitted, wrapped=wrapped)
+    assert all(map(torch.equal, *weights))
+    torch.testing.assert_close(weights[0], submitted(0, 1, False), rtol=0, atol=1e-5)
+
+
+def test_state_is_gathered_only_for_checkpoints_and_says_what_it_lacks(pools):
+    gathered, lacking, error = pools(2).run(saved_state)[0]
+    assert gathered == ["param_groups", "state"]
+    assert lacking == ["not_resumable"]
+    assert error == "this checkpoint cannot be resumed from: why"
