@@ -1,10 +1,12 @@
-# make run: train mnist_resnet with five points.  make test: all tests.  TORCH=2.5.1 picks a torch, in its own environment.
-# make suite: all submissions on all workloads, 70 minutes on 2 cores; it goes on where it stopped.  QUICK=1: ten minutes.
+# make run: train mnist_resnet with five points.
+# make test: all tests.  make test-fast: those that take under a minute in total on 2 cores.  make lint: ruff and mypy.
+# make suite: all submissions on all workloads, 70 minutes on 2 cores; run again, it resumes.  QUICK=1: ten minutes.
+# TORCH=2.5.1 picks a torch version, in its own environment.
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: run suite test lint clean
+.PHONY: run suite test test-fast lint clean
 run: $(VENV)/installed
 	$(BIN)/python -m runner --workload=mnist_resnet --submission_path=submission.py \
 	  --tuning_search_space=runner/tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 --max_global_steps=667 \
@@ -15,6 +17,9 @@ suite: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -5,7 +5,9 @@ import pytest
 import torch
 from rank_pool import RankPool
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; two test workers share two cores
+# Two test workers share two cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 # No limits on wall-clock time, which a loaded machine would exceed.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -13,8 +15,7 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_threads_and_seed():
-    torch.set_num_threads(1)
+def _fixed_seed():
     torch.manual_seed(0)
 
 

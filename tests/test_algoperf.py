@@ -169,6 +169,7 @@ class TiedLanguageModel(nn.Module):
             return self.head(self.norm(x + self.down(F.silu(self.up(self.norm(x)))))).float()
 
 
+@pytest.mark.slow
 def test_the_language_model_trains():
     assert submission.get_batch_size("finewebedu_lm") == 64
     torch.manual_seed(0)

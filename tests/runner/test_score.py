@@ -1,12 +1,9 @@
-"""The score against AlgoPerf's published ones, and against logs whose answer is known by hand."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""The score, compared with AlgoPerf's published scores and with logs scored by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import ROOT, call, error_of, start
 
 from experiments.competition import published
 from runner.score import (
@@ -21,14 +18,13 @@ from runner.score import (
     without_stragglers,
 )
 
-ROOT = Path(__file__).parents[2]
 TIMES = ROOT / "experiments" / "competition" / "published_times_v05.csv"
 HELD_OUT = published.HELD_OUT["0.5"]
 TARGETS = {"a": Target("accuracy", 0.9, 100.0), "b": Target("loss", 1.0, None)}
 
 
 def test_the_published_scores_of_version_05():
-    """All eleven of the external tuning track, to the four digits that were published."""
+    """All eleven submissions of the external tuning track score as published, to four digits."""
     times = published.times("0.5")
     assert scores(performance_profile(with_held_out(times, HELD_OUT))).round(4).to_dict() == {
         "shampoo_submission": 0.7784,
@@ -51,23 +47,24 @@ def test_the_published_scores_of_version_06():
 
 
 def test_the_published_speed_up_of_version_05():
-    """27.9 % less time than the baseline by geometric mean over the base workloads."""
+    """The winner takes 27.9% less time than the baseline, by geometric mean over the base workloads."""
     times = published.times("0.5").drop(columns=HELD_OUT)
     limits = pd.Series({name: target.budget for name, target in read_targets(None).items()}).reindex(times.columns)
     assert 1 - 1 / speed_ups(times, limits, "baseline")["shampoo_submission"] == pytest.approx(0.279, abs=5e-4)
 
 
-def test_a_profile_by_hand():
+def test_a_profile_computed_by_hand():
     times = pd.DataFrame({"w1": [10.0, 20.0], "w2": [30.0, 10.0], "w3": [5.0, 25.0], "w4": [np.inf, np.inf]}, index=["x", "y"])
-    assert np.isinf(without_stragglers(times).loc["y", "w3"])  # 5 times the best
+    assert np.isinf(without_stragglers(times).loc["y", "w3"])  # five times the best time
     profile = performance_profile(times)
     assert list(profile.iloc[0]) == [0.5, 0.25]  # best on w1 and w3; best on w2
     assert list(profile.iloc[-1]) == [0.75, 0.5]
-    # x: 1/2 up to tau = 3, then 3/4. y: 1/4 up to 2, then 1/2. The grid of 100 points smears each jump over 0.03.
+    # x: 1/2 up to tau = 3, then 3/4. y: 1/4 up to 2, then 1/2. The grid of 100 points blurs each step by up to 0.03.
     assert scores(profile).to_dict() == pytest.approx({"x": (0.5 * 2 + 0.75) / 3, "y": (0.25 + 0.5 * 2) / 3}, abs=0.01)
 
 
 def write_trial(folder, values, metric="accuracy", columns=("score", "global_step")):
+    """Write an evaluation log with these values of the metric, 2 s and 10 steps apart."""
     folder.mkdir(parents=True)
     steps = np.arange(1, len(values) + 1)
     table = {"score": 2.0 * steps, "global_step": 10 * steps, f"validation/{metric}": values}
@@ -77,12 +74,12 @@ def write_trial(folder, values, metric="accuracy", columns=("score", "global_ste
 
 @pytest.fixture
 def logs(tmp_path):
-    """Submission s: three studies of two trials on a, with known first hits; on b it always misses."""
+    """Write logs of submission s: three studies of two trials on a, with known times to target; on b it always misses."""
     hits = {
         0: ([0.5, 0.91, 0.92], [0.95]),
         1: ([0.1, 0.2], [0.0, 0.0, 0.95]),
-        2: ([0.5, 0.91], [0.9, 0.9]),
-    }  # 0.9 is not above 0.9
+        2: ([0.5, 0.91], [0.9, 0.9]),  # 0.9 does not exceed the target of 0.9
+    }
     for study, trials in hits.items():
         for n, values in enumerate(trials, start=1):
             write_trial(tmp_path / "s" / f"study_{study}" / "a_pytorch" / f"trial_{n}", values)
@@ -98,7 +95,7 @@ def test_first_hit_best_trial_median_study(logs):
         assert median_times(studies).loc["s"].to_dict() == {"a": 2 * unit, "b": np.inf}
 
 
-def test_the_choice_by_evaluations_may_take_a_slower_trial(tmp_path):
+def test_the_choice_by_evaluations_may_pick_a_slower_trial(tmp_path):
     slow = tmp_path / "s/study_0/a_pytorch/trial_1"
     write_trial(slow, [0.95])
     pd.DataFrame({"score": [50.0], "global_step": [500], "validation/accuracy": [0.95]}).to_csv(
@@ -109,7 +106,7 @@ def test_the_choice_by_evaluations_may_take_a_slower_trial(tmp_path):
     assert read_studies(tmp_path, TARGETS, "time", "evals")[0]["value"][0] == 50.0
 
 
-def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(logs):
+def test_unusable_logs_are_named_and_the_rest_is_scored(logs):
     study = logs / "s" / "study_0"
     (study / "a_pytorch" / "trial_3").mkdir()  # never evaluated
     write_trial(study / "unheard_of_pytorch" / "trial_1", [1.0])
@@ -126,24 +123,10 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(logs):
     assert "s has studies with different numbers of trials on a: {'study_0': 4, 'study_1': 2, 'study_2': 2}" in text
 
 
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "runner.score", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
+@pytest.mark.slow
 def test_the_command_writes_tables_and_pictures(tmp_path):
-    result = command(
-        f"--times_csv={TIMES}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}",
-        "--reference=baseline",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "0.7784" in result.stdout
+    flags = [f"--times_csv={TIMES}", f"--held_out={','.join(HELD_OUT)}", f"--output_dir={tmp_path}", "--reference=baseline"]
+    assert "0.7784" in start("runner.score", *flags).stdout
     assert pd.read_csv(tmp_path / "scores.csv", index_col=0).loc["shampoo_submission", "score"] == pytest.approx(
         0.7784, abs=5e-5
     )
@@ -151,12 +134,10 @@ def test_the_command_writes_tables_and_pictures(tmp_path):
     assert pd.read_csv(tmp_path / "profile.csv", index_col=0).shape == (100, 11)
 
 
-def test_strict_fails_on_what_cannot_be_scored(logs, tmp_path):
+def test_strict_fails_on_unusable_logs(logs, tmp_path):
     (logs / "s" / "study_0" / "a_pytorch" / "trial_3").mkdir()
     targets = tmp_path / "targets.json"
     targets.write_text('{"a": {"target_metric_name": "accuracy", "validation_target_value": 0.9}}')
     flags = [f"--submission_directory={logs}", f"--output_dir={tmp_path / 'out'}", f"--workload_targets={targets}"]
-    lenient, strict = command(*flags), command(*flags, "--strict")
-    assert (lenient.returncode, strict.returncode) == (0, 1)
-    assert "trial_3 has no evaluations" in lenient.stdout
-    assert "--strict" in strict.stderr
+    assert "trial_3 has no evaluations" in call("runner.score", *flags)
+    assert "--strict" in error_of("runner.score", *flags, "--strict")

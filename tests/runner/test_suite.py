@@ -1,9 +1,10 @@
-"""Many submissions on many workloads: what is run, what is kept, what a failing trial does, and the page about it."""
+"""The suite of submissions and workloads: what it runs, what it keeps, how it handles failures, and its report."""
 
-import runner  # noqa: F401  brings algoperf.spec
+import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
+import contextlib
 import json
 import os
 import re
@@ -11,27 +12,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import ROOT, TIMEOUT, start
 
 from runner.suite import BASELINES, OURS, Entry, is_finished, parse_entry, plan
 
-ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "runner" / "tuning_search_space.json"
-SUBMISSIONS = {  # what each does at its third step
+SUBMISSIONS = {  # what each does at its third step; "waits" at its 26th
     "ends": "raise spec.TrainingCompleteError",
     "fails": "raise ArithmeticError('no more')",
     "crashes": "os._exit(7)",
     "broken": "pass\nimport no_such_module\ndef other(**arguments):\n    pass",
-    "waits": "time.sleep(3)\n    if arguments['global_step'] == 26:\n        raise spec.TrainingCompleteError",
+    "waits": "while not os.path.exists(f'{__file__}.go'):\n        time.sleep(0.01)\n"
+    "    if arguments['global_step'] == 26:\n        raise spec.TrainingCompleteError",
 }
 
 
 def write_submission(folder, name):
-    """A submission that is ours up to its third step; its path."""
+    """Write a submission that behaves like ours before that step. Return its path."""
     path = folder / name / "algorithm.py"
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -48,32 +49,29 @@ def write_submission(folder, name):
     return path
 
 
-def suite(folder, submissions, *flags, start=subprocess.run):
-    """The command on airports_dlrm, with one of our points."""
-    command = [sys.executable, "-m", "runner.suite", f"--submissions={','.join(f'{path}:{SPACE}' for path in submissions)}"]
-    command += ["--workloads=airports_dlrm", "--num_tuning_trials=1", f"--experiment_dir={folder}", *flags]
-    captured = {"capture_output": True, "timeout": 200, "check": False}
-    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-    heeding = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    options = captured if start is subprocess.run else heeding
-    return start(command, cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+def arguments(folder, submissions, *flags):
+    """Return the command line of a suite on airports_dlrm with one point of our search space."""
+    names = ",".join(f"{path}:{SPACE}" for path in submissions)
+    line = [f"--submissions={names}", "--workloads=airports_dlrm", "--num_tuning_trials=1", f"--experiment_dir={folder}"]
+    return [*line, *flags]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Four submissions of which one ends well, and what the command printed."""
+    """Run four submissions, of which one ends normally. Return the folder, their paths and the output."""
     folder = tmp_path_factory.mktemp("suite")
     paths = [write_submission(folder / "submissions", name) for name in ("ends", "fails", "crashes", "broken")]
-    result = suite(folder / "out", paths, "--max_workers=2")
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = start("runner.suite", *arguments(folder / "out", paths, "--max_workers=2"))
     return folder / "out", paths, result.stdout
 
 
 def trial(folder, name):
+    """Return the folder of a submission's only trial."""
     return folder / name / "study_1" / "airports_dlrm_pytorch" / "trial_1"
 
 
-def test_a_failing_trial_is_a_miss_and_stops_nothing(done):
+@pytest.mark.slow
+def test_a_failing_trial_is_a_miss_and_stops_no_other(done):
     folder, _, output = done
     assert is_finished(trial(folder, "ends"))
     assert not is_finished(trial(folder, "fails"))
@@ -87,7 +85,8 @@ def test_a_failing_trial_is_a_miss_and_stops_nothing(done):
     assert np.isinf(times["airports_dlrm"]).all()
 
 
-def test_the_report_names_what_was_measured_and_what_failed(done):
+@pytest.mark.slow
+def test_the_report_states_what_was_measured_and_what_failed(done):
     folder, _, output = done
     text = (folder / "report" / "README.md").read_text()
     assert re.search(r"\d{4}-\d\d-\d\d, .*, torch ", text)
@@ -97,28 +96,38 @@ def test_the_report_names_what_was_measured_and_what_failed(done):
         assert (folder / "report" / picture).read_bytes().startswith(b"\x89PNG"), picture
 
 
-def test_the_same_command_runs_only_what_is_not_finished(done):
+@pytest.mark.slow
+def test_the_same_command_runs_only_unfinished_trials(done):
     folder, paths, _ = done
     before = {name: (trial(folder, name) / "eval_measurements.csv").stat().st_mtime_ns for name in ("ends", "fails")}
-    result = suite(folder, paths[:2])
-    assert "2 trials, 1 finished" in result.stdout
+    assert "2 trials, 1 finished" in start("runner.suite", *arguments(folder, paths[:2])).stdout
     assert (trial(folder, "ends") / "eval_measurements.csv").stat().st_mtime_ns == before["ends"]
     assert (trial(folder, "fails") / "error.txt").exists()
-    assert result.returncode == 0
 
 
-def test_an_interrupted_trial_goes_on(tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_trial_resumes(tmp_path):
     path = write_submission(tmp_path / "submissions", "waits")
-    process = suite(tmp_path / "out", [path], start=subprocess.Popen)
-    folder = trial(tmp_path / "out", "waits")
-    deadline = time.time() + 100
-    while not any(folder.glob("checkpoint_25")) and time.time() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    assert process.wait(timeout=60) != 0
+    argv, folder = arguments(tmp_path / "out", [path]), trial(tmp_path / "out", "waits")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runner.suite", *argv],
+        cwd=ROOT,
+        start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and child processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not (folder / "checkpoint_25").exists():  # after it, the trial waits for a file
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C
+        assert process.wait(TIMEOUT) != 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert not is_finished(folder)
-    result = suite(tmp_path / "out", [path])
-    assert result.returncode == 0, result.stdout + result.stderr
+    path.with_name(f"{path.name}.go").touch()
+    start("runner.suite", *argv)
     assert is_finished(folder)
     steps = pd.read_csv(folder / "eval_measurements.csv")
     assert list(steps["global_step"]) == [1, 25, 27]
@@ -134,12 +143,13 @@ def test_the_default_is_ours_and_all_baselines_with_five_points_each(tmp_path):
 
 @pytest.fixture
 def entry(tmp_path):
+    """Return an entry with two points."""
     space = tmp_path / "space.json"
     space.write_text(json.dumps([{"x": 1}, {"x": 2}]))
     return Entry("s", ROOT / "submission.py", space)
 
 
-def test_another_space_in_the_same_folder_is_refused(tmp_path, entry):
+def test_a_different_space_in_the_same_folder_is_refused(tmp_path, entry):
     folder = tmp_path / "s" / "study_1" / "mnist_vit_pytorch" / "trial_2"
     folder.mkdir(parents=True)
     (folder / "hparams.json").write_text('{"x": 2}')
