@@ -6,10 +6,11 @@ import torch
 from common import largest_difference
 from rank_checks import single_process
 
+FOUR = pytest.param(4, marks=pytest.mark.slow)
 needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 on CPUs needs torch 2.6")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 @pytest.mark.parametrize(
     "options",
     [
@@ -27,9 +28,19 @@ def test_all_ranks_have_the_weights_of_a_single_process(pools, size, options):
     assert largest_difference(weights[0], single_process(**options)) <= 1e-6
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, False), (4, False), pytest.param(2, True, marks=needs_fsdp2)])
-def test_each_rank_reports_what_it_owns(pools, size, sharded):
-    of_ranks, alone = pools(size).run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
+@pytest.mark.parametrize("size", [2, FOUR])
+def test_each_rank_reports_what_it_owns(pools, size):
+    check_reports(pools(size), sharded=False)
+
+
+@needs_fsdp2
+def test_each_rank_reports_what_it_owns_of_sharded_weights(pools):
+    check_reports(pools(2), sharded=True)
+
+
+def check_reports(pool, sharded):
+    """Compare the diagnostics of all ranks with those of a single process."""
+    of_ranks, alone = pool.run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
     assert {name for found in of_ranks for name in found} == set(alone)
     assert any(set(found) != set(alone) for found in of_ranks)
     for name, expected in alone.items():
@@ -41,14 +52,14 @@ def test_each_rank_reports_what_it_owns(pools, size, sharded):
             assert min(report["effective_rank"] for report in reports) == pytest.approx(expected["effective_rank"], rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 def test_before_the_first_roots_weights_equal_a_single_process_bit_for_bit(pools, size):
     """Elementwise operations do not depend on how blocks are stacked; the rounding of batched products may."""
     weights = pools(size).run(rank_checks.weights_after, start_preconditioning_step=100)
     assert all(map(torch.equal, weights[0], single_process(start_preconditioning_step=100)))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 def test_more_ranks_than_blocks(pools, size):
     results = pools(size).run(rank_checks.few_blocks)
     alone, _, keys = rank_checks.few_blocks(0, 1)
@@ -100,7 +111,7 @@ def test_a_group_that_differs_between_ranks_is_added_on_none(pools):
 
 
 @needs_fsdp2
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 @pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["split blocks", "uneven and empty shards"])
 def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, sizes):
     results = pools(size).run(rank_checks.fully_sharded, sizes=sizes)
@@ -113,6 +124,7 @@ def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, size
         assert max(of_rank for _, of_rank in results) < 1.5 * numbers / size
 
 
+@pytest.mark.slow
 @needs_fsdp2
 @pytest.mark.parametrize("case", ["hybrid", "tensor", "both", "by hand"])
 def test_dtensors_of_any_placement_move_as_in_a_single_process(pools, case):
@@ -123,13 +135,14 @@ def test_dtensors_of_any_placement_move_as_in_a_single_process(pools, case):
     assert sum(of_rank for _, of_rank in results) == numbers
 
 
+@pytest.mark.slow
 def test_the_exchange_takes_four_bytes_per_parameter(pools):
     for full, half in pools(4).run(rank_checks.received_bytes):
         assert 4 <= full <= 4.1
         assert 2 <= half <= 2.05
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 def test_a_bfloat16_exchange_keeps_ranks_equal(pools, size):
     weights = pools(size).run(rank_checks.weights_after, exchange_dtype=torch.bfloat16)
     assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
@@ -138,7 +151,7 @@ def test_a_bfloat16_exchange_keeps_ranks_equal(pools, size):
     assert 0 < largest_difference(weights[0], exact) < 0.02 * moved
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
     """Each rank staggers its own blocks, so weights are close to those of a single process but not equal."""
     options = {"stagger": True, "bf16_roots": True, "precondition_frequency": 5, "start_preconditioning_step": 10}
@@ -148,6 +161,7 @@ def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
     assert largest_difference(weights[0], alone) < 0.1 * largest_difference(alone, single_process(steps=0))
 
 
+@pytest.mark.slow
 def test_blocks_are_distributed_within_groups_and_replicated_between_them(pools):
     results = pools(4).run(rank_checks.replicated)
     assert all(all(map(torch.equal, results[0][0], weights)) for weights, _ in results[1:])
@@ -156,6 +170,7 @@ def test_blocks_are_distributed_within_groups_and_replicated_between_them(pools)
     assert results[1][1] == results[3][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "solver"), [(torch.float32, "eigh"), (torch.bfloat16, "eigh"), (torch.float32, "qr")])
 def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(pools, tmp_path, dtype, solver):
     options = {"dtype": dtype, "solver": solver}
@@ -179,6 +194,7 @@ def test_a_state_dict_needs_consolidate(pools):
         assert "call consolidate() on all ranks" in text
 
 
+@pytest.mark.slow
 def test_torchs_distributed_checkpoints_resume(pools, tmp_path):
     uninterrupted = rank_checks.weights_after(0, 1, 45, start_preconditioning_step=10, precondition_frequency=5)
     for size, first, last in ((2, 0, 15), (4, 15, 30), (2, 30, 45)):
