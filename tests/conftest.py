@@ -29,7 +29,7 @@ def device(request):
 
 @pytest.fixture(scope="module")
 def pools():
-    """A function from a number of ranks to a pool of that size, started on first use and restarted after a timeout."""
+    """A function from a number of ranks to a pool of that size, started on first use and restarted after a failure."""
     started = {}
 
     def pool(size):

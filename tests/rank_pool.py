@@ -33,18 +33,21 @@ class RankPool:
     def run(self, check, **arguments):
         """Call check(rank, size, **arguments) on every rank. Return the results in rank order, exceptions as text.
 
-        Raise TimeoutError, and close the pool, if a rank does not answer within TIMEOUT seconds.
+        Close the pool and raise RuntimeError if a process dies or does not answer within TIMEOUT seconds.
         """
         for task in self.tasks:
             task.put(pickle.dumps((check, arguments)))
         deadline, answers = time.monotonic() + TIMEOUT, {}
         while len(answers) < len(self.tasks):
             try:
-                rank, answer = self.results.get(timeout=max(0.1, deadline - time.monotonic()))
+                rank, answer = self.results.get(timeout=1)
+                answers[rank] = pickle.loads(answer)
             except queue.Empty:
-                self.close()
-                raise TimeoutError(f"{check.__name__}: only ranks {sorted(answers)} answered in {TIMEOUT} s") from None
-            answers[rank] = pickle.loads(answer)
+                dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
+                if dead or time.monotonic() > deadline:
+                    self.close()
+                    reason = f"ranks {dead} died" if dead else f"gave up after {TIMEOUT} s"
+                    raise RuntimeError(f"{check.__name__}: only ranks {sorted(answers)} answered; {reason}") from None
         return [answers[rank] for rank in range(len(self.tasks))]
 
     def close(self):

@@ -140,7 +140,7 @@ def test_prepare_for_eval_and_data_selection_pass_things_through():
     assert submission.data_selection(None, iter([1, 2]), None, None, None, None, 0, None) == 1
 
 
-def test_batch_sizes():
+def test_batch_sizes_are_those_of_known_workloads():
     assert submission.get_batch_size("librispeech_deepspeech") == 224
     for name in ("mnist_resnet", "imagenet", "fastmri_tanh"):
         with pytest.raises(ValueError, match=name):

@@ -51,7 +51,7 @@ def test_ranks_take_the_step_of_the_full_batch(pools, wrapped):
     torch.testing.assert_close(weights[0], submitted(0, 1, False), rtol=0, atol=1e-5)
 
 
-def test_state_is_gathered_only_for_checkpoints_and_says_what_it_lacks(pools):
+def test_state_is_gathered_only_for_checkpoints_and_is_not_resumable_otherwise(pools):
     gathered, lacking, error = pools(2).run(saved_state)[0]
     assert gathered == ["param_groups", "state"]
     assert lacking == ["not_resumable"]

@@ -87,9 +87,9 @@ def test_padding_changes_neither_logits_nor_loss(speech):
         longer = torch.nn.functional.pad(labels, (0, 5), value=3), torch.nn.functional.pad(label_paddings, (0, 5), value=1.0)
         torch.testing.assert_close(speech.loss_fn(longer, padded)["per_example"], losses)
         for i, length in enumerate(fsdd.lengths(paddings).tolist()):
-            alone = model((features[i : i + 1, :length], paddings[i : i + 1, :length]))
-            assert alone[1].sum() == 0
-            size = alone[0].shape[1]
+            unpadded = model((features[i : i + 1, :length], paddings[i : i + 1, :length]))
+            assert unpadded[1].sum() == 0
+            size = unpadded[0].shape[1]
             assert size == (length + 1) // 2 == fsdd.lengths(logits[1])[i]
-            torch.testing.assert_close(alone[0][0], logits[0][i, :size], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(speech.loss_fn(rows(batch, slice(i, i + 1))["targets"], alone)["summed"], losses[i])
+            torch.testing.assert_close(unpadded[0][0], logits[0][i, :size], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(speech.loss_fn(rows(batch, slice(i, i + 1))["targets"], unpadded)["summed"], losses[i])

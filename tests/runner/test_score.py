@@ -68,8 +68,8 @@ def write_trial(folder, values, metric="accuracy", columns=("score", "global_ste
     folder.mkdir(parents=True)
     steps = np.arange(1, len(values) + 1)
     table = {"score": 2.0 * steps, "global_step": 10 * steps, f"validation/{metric}": values}
-    kept = [name for name in table if name in columns or name.startswith("validation")]
-    pd.DataFrame(table)[kept].to_csv(folder / "eval_measurements.csv", index=False)
+    selected = [name for name in table if name in columns or name.startswith("validation")]
+    pd.DataFrame(table)[selected].to_csv(folder / "eval_measurements.csv", index=False)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def logs(tmp_path):
     return tmp_path
 
 
-def test_first_hit_best_trial_median_study(logs):
+def test_the_first_hit_of_the_best_trial_of_the_median_study_counts(logs):
     for by, unit in (("time", 2.0), ("steps", 10.0)):
         studies, problems = read_studies(logs, TARGETS, by, "best")
         assert not problems

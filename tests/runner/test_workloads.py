@@ -45,8 +45,8 @@ def test_splits_are_disjoint_and_reproducible(workload):
     inputs = {split: tensors(examples["inputs"])[0] for split, examples in workload._splits.items()}
     found = {split: {tuple(x.flatten().tolist()) for x in examples} for split, examples in inputs.items()}
     # Two airports have the same inputs; a test below compares identities.
-    same_place = 1 if type(workload).__name__ == "AirportsDLRM" else 0
-    assert len(found["train"] & found["validation"]) == same_place
+    shared = 1 if type(workload).__name__ == "AirportsDLRM" else 0
+    assert len(found["train"] & found["validation"]) == shared
     assert not (found["train"] | found["validation"]) & found["test"]
     assert found["eval_train"] <= found["train"]
     again = load_workload(next(name for name, cls in WORKLOADS.items() if cls == type(workload).__name__))
@@ -123,11 +123,11 @@ def test_neither_padding_nor_the_order_of_atoms_changes_a_prediction():
     sizes = (molecules.diagonal(dim1=1, dim2=2) > 0).sum(1)
     small, large = molecules[sizes.argmin()], molecules[sizes.argmax()]
     atoms = int(sizes.min())
-    alone, padded, reordered = (
+    unpadded, padded, reordered = (
         model(x) for x in (small[None, :atoms, :atoms], torch.stack([small, large]), small.flip(0, 1)[None, -atoms:, -atoms:])
     )
-    torch.testing.assert_close(padded[:1], alone)
-    torch.testing.assert_close(reordered, alone)
+    torch.testing.assert_close(padded[:1], unpadded)
+    torch.testing.assert_close(reordered, unpadded)
 
 
 def test_rmse_is_in_the_units_of_log_solubility():
@@ -232,10 +232,10 @@ def test_a_mask_leaves_examples_out(workload):
     logits = model.eval()(batch["inputs"])
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     masked = workload.loss_fn(batch["targets"], logits, mask)
-    kept = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
-    kept = workload.loss_fn(kept["targets"], kept["logits"])
-    assert masked["n_valid_examples"] == kept["n_valid_examples"] == 4
-    torch.testing.assert_close(masked["summed"], kept["summed"])
+    selected = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
+    selected = workload.loss_fn(selected["targets"], selected["logits"])
+    assert masked["n_valid_examples"] == selected["n_valid_examples"] == 4
+    torch.testing.assert_close(masked["summed"], selected["summed"])
     assert (masked["per_example"][mask == 0] == 0).all()
 
 

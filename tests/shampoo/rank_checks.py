@@ -78,7 +78,7 @@ def weights_after(rank, size, steps=50, **options):
 
 
 def single_process(steps=50, **options):
-    """Return `weights_after` of a run in this process alone."""
+    """Return `weights_after` of a run in this process only."""
     assert not dist.is_initialized()
     return weights_after(0, 1, steps, **options)
 
@@ -196,12 +196,12 @@ def placed(rank, size, case):
             layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [placement]))
     optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
     if case == "by hand":
-        alone = layers((24, 40, 7))
+        full = layers((24, 40, 7))
         for t in range(50):
-            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            for p, q in zip(model.parameters(), full.parameters(), strict=True):
                 q.data = p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach()
-            gradients(alone, t)
-            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            gradients(full, t)
+            for p, q in zip(model.parameters(), full.parameters(), strict=True):
                 p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements) if hasattr(p, "full_tensor") else q.grad
             optimizer.step()
     else:
@@ -244,7 +244,7 @@ def train_layers(model, optimizer, steps=50):
         optimizer.step()
 
 
-def fully_sharded_alone(sizes):
+def train_unsharded(sizes):
     model = layers(sizes)
     optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
     train_layers(model, optimizer)
@@ -271,8 +271,8 @@ def received_bytes(rank, size):
     return found
 
 
-def not_finite(rank, size, alone):
-    """Put NaN into a gradient at step 2, on all ranks, or on rank 1 only if `alone`.
+def not_finite(rank, size, one_rank):
+    """Put NaN into a gradient at step 2, on all ranks, or on rank 1 only if `one_rank`.
 
     Return which steps moved the weights, the events, the step counts and the weights; or the step that raised, and the error.
     """
@@ -282,7 +282,7 @@ def not_finite(rank, size, alone):
         images, words, targets = batch(t)
         optimizer.zero_grad(set_to_none=True)
         (model(images, words, 1) - targets).square().mean().backward()
-        if t == 2 and (rank == 1 or not alone):
+        if t == 2 and (rank == 1 or not one_rank):
             model.mix.weight.grad[3, 4] = torch.nan
         seen.append(full_weights(model))
         try:

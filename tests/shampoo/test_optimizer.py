@@ -214,14 +214,14 @@ BAD_STATES = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), BAD_STATES.values(), ids=BAD_STATES)
-def test_a_bad_state_dict_is_refused_and_changes_nothing(spoil, message):
+@pytest.mark.parametrize(("corrupt", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_bad_state_dict_is_refused_and_changes_nothing(corrupt, message):
     params = make_params((6, 5), (7,))
     optimizer = AdamWShampoo(params, precondition_frequency=2)
     train(optimizer, params, 3)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(spoil(copy.deepcopy(before)))
+        optimizer.load_state_dict(corrupt(copy.deepcopy(before)))
     assert identical(before, optimizer.state_dict())
     train(optimizer, params, 1)
 

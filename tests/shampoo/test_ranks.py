@@ -40,10 +40,10 @@ def test_each_rank_reports_what_it_owns_of_sharded_weights(pools):
 
 def check_reports(pool, sharded):
     """Compare the diagnostics of all ranks with those of a single process."""
-    of_ranks, alone = pool.run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
-    assert {name for found in of_ranks for name in found} == set(alone)
-    assert any(set(found) != set(alone) for found in of_ranks)
-    for name, expected in alone.items():
+    of_ranks, single = pool.run(rank_checks.diagnosed, sharded=sharded), rank_checks.diagnosed(0, 1)
+    assert {name for found in of_ranks for name in found} == set(single)
+    assert any(set(found) != set(single) for found in of_ranks)
+    for name, expected in single.items():
         reports = [found[name] for found in of_ranks if name in found]
         for figure in set(expected) - {"condition", "effective_rank", "root_residual", "roots_missing"}:
             assert [report[figure] for report in reports] == pytest.approx([expected[figure]] * len(reports), rel=1e-3)
@@ -60,12 +60,12 @@ def test_before_the_first_roots_weights_equal_a_single_process_bit_for_bit(pools
 
 
 @pytest.mark.parametrize("size", [2, FOUR])
-def test_more_ranks_than_blocks(pools, size):
+def test_ranks_without_blocks_have_the_same_weights(pools, size):
     results = pools(size).run(rank_checks.few_blocks)
-    alone, _, keys = rank_checks.few_blocks(0, 1)
+    single, _, keys = rank_checks.few_blocks(0, 1)
     assert all(torch.equal(result[0], results[0][0]) for result in results)
-    assert largest_difference([results[0][0]], [alone]) <= 1e-6
-    assert sorted(numbers > 0 for _, numbers, _ in results) == [False] * (size - 1) + [True]
+    assert largest_difference([results[0][0]], [single]) <= 1e-6
+    assert sorted(elements > 0 for _, elements, _ in results) == [False] * (size - 1) + [True]
     assert all(result[2] == keys for result in results)
 
 
@@ -115,13 +115,13 @@ def test_a_group_that_differs_between_ranks_is_added_on_none(pools):
 @pytest.mark.parametrize("sizes", [(24, 40, 7), (5, 3, 2, 9)], ids=["split blocks", "uneven and empty shards"])
 def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, sizes):
     results = pools(size).run(rank_checks.fully_sharded, sizes=sizes)
-    weights, numbers = rank_checks.fully_sharded_alone(sizes)
+    weights, elements = rank_checks.train_unsharded(sizes)
     for result, _ in results:
         assert all(map(torch.equal, result, results[0][0]))
     assert largest_difference(results[0][0], weights) <= 1e-6
-    assert sum(of_rank for _, of_rank in results) == numbers
+    assert sum(own for _, own in results) == elements
     if sizes[0] > 5:
-        assert max(of_rank for _, of_rank in results) < 1.5 * numbers / size
+        assert max(own for _, own in results) < 1.5 * elements / size
 
 
 @pytest.mark.slow
@@ -129,10 +129,10 @@ def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, size
 @pytest.mark.parametrize("case", ["hybrid", "tensor", "both", "by hand"])
 def test_dtensors_of_any_placement_move_as_in_a_single_process(pools, case):
     results = pools(4).run(rank_checks.placed, case=case)
-    weights, numbers = rank_checks.fully_sharded_alone((24, 40, 7))
+    weights, elements = rank_checks.train_unsharded((24, 40, 7))
     assert all(all(map(torch.equal, result, results[0][0])) for result, _ in results)
     assert largest_difference(results[0][0], weights) <= 1e-6
-    assert sum(of_rank for _, of_rank in results) == numbers
+    assert sum(own for _, own in results) == elements
 
 
 @pytest.mark.slow
@@ -157,8 +157,8 @@ def test_staggered_and_rounded_roots_keep_ranks_equal(pools, size):
     options = {"stagger": True, "bf16_roots": True, "precondition_frequency": 5, "start_preconditioning_step": 10}
     weights = pools(size).run(rank_checks.weights_after, **options)
     assert all(all(map(torch.equal, weights[0], other)) for other in weights[1:])
-    alone = single_process(**options)
-    assert largest_difference(weights[0], alone) < 0.1 * largest_difference(alone, single_process(steps=0))
+    single = single_process(**options)
+    assert largest_difference(weights[0], single) < 0.1 * largest_difference(single, single_process(steps=0))
 
 
 @pytest.mark.slow
@@ -203,13 +203,13 @@ def test_torchs_distributed_checkpoints_resume(pools, tmp_path):
 
 
 def test_all_ranks_skip_a_step_together(pools):
-    first, second = pools(2).run(rank_checks.not_finite, alone=False)
+    first, second = pools(2).run(rank_checks.not_finite, one_rank=False)
     assert first[:3] == second[:3] == ([True, True, False, True, True, True], {"steps skipped": 1}, [5, 5])
     assert all(map(torch.equal, first[3], second[3]))
 
 
 def test_a_step_that_only_one_rank_skips_raises_on_all_ranks(pools):
-    for t, error in pools(2).run(rank_checks.not_finite, alone=True):
+    for t, error in pools(2).run(rank_checks.not_finite, one_rank=True):
         assert t == 3
         assert "some ranks had gradients with NaN or Inf" in error
 
