@@ -134,7 +134,7 @@ def test_trials_continue_after_one_that_fails(tmp_path):
     [
         (
             ["--workload=mnist_resnt"],
-            f"unknown workload 'mnist_resnt'; there are {', '.join(WORKLOADS)}; did you mean mnist_resnet?",
+            f"unknown workload 'mnist_resnt'; it must be one of {', '.join(WORKLOADS)}; did you mean mnist_resnet?",
         ),
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
