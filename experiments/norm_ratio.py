@@ -30,7 +30,7 @@ from runner.loop import Settings, run_trial
 from runner.workloads import load_workload
 from runner.workloads.base import LaptopWorkload
 from shampoo import AdamWShampoo
-from shampoo.blocking import merged_shape
+from shampoo.blocks import merged_shape
 from shampoo.diagnostics import gradient_figures, log_diagnostics, weights
 
 from .variants import LEARNING_RATES, SPACE

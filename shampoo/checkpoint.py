@@ -1,134 +1,138 @@
 """State of buckets <-> state per parameter, as `state_dict()` holds it.
 
-For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its tiles n and
-dimensions d `factors.n.d`, `inv_roots.n.d` and with solver "qr" `eigvecs.n.d`, (blocks of the tile, size, size). Nothing
+For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its grids n and
+dimensions d `factors.n.d`, `inv_roots.n.d`, and with solver "qr" `eigvecs.n.d`, (blocks of the grid, size, size). Nothing
 depends on how blocks are stacked, or on which rank owns them.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Load, fill, gather
-from .options import check_options, check_value, integer, parameter_names
+from .assignment import Cost
+from .copies import assemble, copy, flat_views, grid_views
+from .options import Group, check_options, check_value, integer, parameter_names
 from .ranks import Ranks
-from .state import MATRICES, Bucket, allocate, make_buckets, moments, tensors
-
-Groups = Sequence[dict[str, Any]]
+from .state import Bucket, allocate, make_buckets, moments, tensors
 
 
-def matrices(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
-    """Parameter, key, rows of what is saved, and a view of the blocks, for the factors, roots and bases of each piece."""
-    for kind in MATRICES:
-        for pieces, stack in zip(bucket.layout.pieces, getattr(bucket, kind), strict=True):
-            for d, A in enumerate(stack):
-                for piece in pieces if A is not None else ():
-                    n = piece.tile.num_blocks
-                    rows = slice(piece.offset, piece.offset + n)
-                    yield piece.param, f"{kind}.{piece.number}.{d}", rows, A[piece.first : piece.first + n]
+def blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
+    """Yield parameter, key, rows of what is saved, and a view of the blocks, for each grid and tensor of a preconditioner."""
+    for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
+        for name, d, X in preconditioner.tensors():
+            for grid in grids:
+                rows = slice(grid.first, grid.first + grid.size)
+                yield grid.param, f"{name}.{grid.number}.{d}", rows, X[grid.row : grid.row + grid.size]
 
 
-def collect(buckets: Sequence[Sequence[Bucket]], groups: Groups, ranks: Ranks, to: int | None) -> list[list[Bucket]]:
-    """For each bucket those of all ranks, on the CPU of rank `to`, or of all ranks for None; elsewhere []. A collective."""
+def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
+    """Return for each bucket those of all ranks, on the CPU of rank `to`, or of all if None; elsewhere []. A collective."""
     receives = to in (None, ranks.rank)
     device = torch.device("cpu" if receives else "meta")
     collected = []
-    for group, own in ((group, bucket) for group, of_group in zip(groups, buckets, strict=True) for bucket in of_group):
-        treatment = own.dtype, own.factored
-        shards = [allocate(own.params, group, own.layouts, r, device, *treatment) for r in range(ranks.size)]
-        for r, shard in enumerate(shards):
-            source = tensors(own) if r == ranks.rank else [None] * len(tensors(shard))
-            for mine, x in zip(source, tensors(shard), strict=True):
-                share(mine, x, r, own.device, ranks, to)
+    for own in buckets:
+        shards = [
+            allocate(own.group, own.params, device, own.dtype, own.factored, own.layouts, rank) for rank in range(ranks.size)
+        ]
+        for owner, shard in enumerate(shards):
+            sources = tensors(own) if owner == ranks.rank else [None] * len(tensors(shard))
+            for source, X in zip(sources, tensors(shard), strict=True):
+                send(source, X, owner, own.device, ranks, to)
         collected.append(shards)
     return collected if receives else []
 
 
-def share(mine: Any, x: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
-    """Copy the owner's tensor, `mine` there, to x on rank `to`, or on all ranks; through the device, where collectives work."""
+def send(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
+    """Copy the owner's tensor, `source` there, to X on rank `to`, or on all if None, through a device with collectives."""
     if to is None:
-        buffer = torch.empty_like(x, device=device) if mine is None else mine
+        buffer = torch.empty_like(X, device=device) if source is None else source
         dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        x.copy_(buffer)
+        X.copy_(buffer)
     elif owner == to == ranks.rank:
-        x.copy_(mine)
+        X.copy_(source)
     elif owner == ranks.rank:
-        dist.send(mine, dist.get_global_rank(ranks.group, to), ranks.group)
+        dist.send(source, dist.get_global_rank(ranks.group, to), ranks.group)
     elif to == ranks.rank:
-        buffer = torch.empty_like(x, device=device)
+        buffer = torch.empty_like(X, device=device)
         dist.recv(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        x.copy_(buffer)
+        X.copy_(buffer)
 
 
 def pack(buckets: Sequence[Sequence[Bucket]], params: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The state of each parameter under its place in `params`, given for each bucket those of all ranks.
+    """Return the state of each parameter under its index in `params`, given all ranks' buckets for each bucket.
 
-    Moments are copies; factors and roots are views of the live state where one rank has a tile.
+    Moments are copies; matrices are views of the live state where one rank owns a whole grid.
     """
-    place = {p: i for i, p in enumerate(params)}
+    index = {p: i for i, p in enumerate(params)}
     state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(params))}
     for shards in buckets:
-        owner = [state[place[p]] for p in shards[0].params]
+        of_params = [state[index[p]] for p in shards[0].params]
         for named in zip(*map(moments, shards), strict=True):
-            whole = gather(shards[0].layouts[: len(shards)], [flat for _, flat in named])
-            for of_param, p, x in zip(owner, shards[0].params, whole, strict=True):
-                of_param[named[0][0]] = x.view(p.shape)
+            full = assemble(shards[0].layouts[: len(shards)], [flat for _, flat in named])
+            for of_param, p, X in zip(of_params, shards[0].params, full, strict=True):
+                of_param[named[0][0]] = X.view(p.shape)
         parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        for i, name, rows, blocks in chain(*map(matrices, shards)):
-            parts.setdefault((i, name), []).append((rows.start, blocks))
-        for (i, name), found in parts.items():
-            in_order = [blocks for _, blocks in sorted(found, key=lambda part: part[0])]
-            owner[i][name] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
+        for i, key, rows, X in chain(*map(blocks, shards)):
+            parts.setdefault((i, key), []).append((rows.start, X))
+        for (i, key), found in parts.items():
+            in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
+            of_params[i][key] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
     return state
 
 
-def unpack(buckets: Sequence[Sequence[Bucket]], saved: dict[Tensor, dict[str, Tensor]], names: dict[Tensor, str]) -> None:
+def unpack(buckets: Sequence[Bucket], saved: dict[Tensor, dict[str, Tensor]], names: dict[Tensor, str]) -> None:
     """Copy the saved state of each parameter into the buckets, keeping their dtypes.
 
-    Raises ValueError, naming the parameter, where something is missing or has another shape.
+    Raises ValueError, naming the parameter, if something is missing or has another shape.
     """
 
-    def find(p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter's saved tensor, checked."""
-        x = saved[p].get(name)
-        if not isinstance(x, Tensor) or x.shape != shape or not x.is_floating_point():
-            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else "nothing" if x is None else repr(x)
-            raise ValueError(f"the state of {names[p]} holds {found} for {name}; it must be real and have shape {shape}")
-        return x
+    def find(p: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a parameter's saved tensor, checked."""
+        X = saved[p].get(key)
+        if not isinstance(X, Tensor) or X.shape != shape or not X.is_floating_point():
+            found = f"{X.dtype} of shape {tuple(X.shape)}" if isinstance(X, Tensor) else "nothing" if X is None else repr(X)
+            raise ValueError(f"the state of {names[p]} holds {found} for {key}; it must be real and have shape {shape}")
+        return X
 
-    for bucket in chain(*buckets):
+    for bucket in buckets:
         for name, flat in moments(bucket):
-            fill(bucket.layout, flat, [find(p, name, tuple(p.shape)) for p in bucket.params])
-        pieces = (piece for layout in bucket.layouts for stack in layout.pieces for piece in stack)
-        count: Counter[tuple[int, int]] = Counter()  # of blocks, for each tile of each parameter
-        for piece in pieces:
-            count[piece.param, piece.number] += piece.tile.num_blocks
-        for i, name, rows, blocks in matrices(bucket):
-            n = count[i, int(name.split(".")[1])]
-            blocks.copy_(find(bucket.params[i], name, (n, *blocks.shape[1:]))[rows])
+            found = [find(p, name, tuple(p.shape)) for p in bucket.params]
+            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, [X.contiguous() for X in found]))
+        count: Counter[tuple[int, str]] = Counter()  # of the blocks of each grid, over all ranks
+        for grid in (grid for layout in bucket.layouts for grids in layout.grids for grid in grids):
+            count[grid.param, str(grid.number)] += grid.size
+        for i, key, rows, X in blocks(bucket):
+            X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]))[rows])
 
 
 def read(
-    state_dict: dict[str, Any], groups: Groups, ranks: Ranks
-) -> tuple[list[dict[str, Any]], list[list[Bucket]], list[Load]]:
-    """The groups of a state_dict, a rank's buckets with its state, and what each rank has to bear. Raises ValueError."""
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
+) -> tuple[list[Group], list[list[Bucket]], list[Cost]]:
+    """Return the groups of a state_dict, a rank's buckets of each with its state, and what each rank carries.
+
+    Raises ValueError for a state_dict that does not fit.
+    """
     found, saved = match_groups(state_dict, groups)
     for group in found:
         check_options(group)
         check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
-    loads = [Load(0.0, 0)] * ranks.size
-    buckets = [make_buckets(group, ranks.rank, loads) for group in found]
-    unpack(buckets, saved, parameter_names(found))
-    return found, buckets, loads
+    carried, buckets = [Cost(0.0, 0)] * ranks.size, []
+    for group in found:
+        of_group, carried = make_buckets(group, ranks.rank, carried)
+        unpack(of_group, saved, parameter_names(found))
+        buckets.append(of_group)
+    return found, buckets, carried
 
 
-def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:
-    """The groups with the options of a state_dict, and its state for each of their parameters.
+def match_groups(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]
+) -> tuple[list[Group], dict[Tensor, dict[str, Tensor]]]:
+    """Return the groups with the options of a state_dict, and its state for each of their parameters.
 
     Raises ValueError if the state_dict has other groups, or none.
     """
@@ -143,4 +147,5 @@ def match_groups(state_dict: dict[str, Any], groups: Groups) -> tuple[list[dict[
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     params = [p for group in groups for p in group["params"]]
-    return [{**group, **other} for group, other in zip(groups, options, strict=True)], dict(zip(params, states, strict=True))
+    merged = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
+    return merged, dict(zip(params, states, strict=True))

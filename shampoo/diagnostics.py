@@ -2,13 +2,13 @@
 
     before = weights(optimizer)
     optimizer.step()
-    found = diagnostics(optimizer, before)  # before the next zero_grad()
+    figures = diagnostics(optimizer, before)  # before the next zero_grad()
 
-Nothing is computed or kept unless these are called. A call takes the singular values of each gradient and the eigenvectors of
-each factor, in float64: it is dearer than a refresh of all roots, and waits for the device.
+Nothing is computed or kept unless these are called. A call computes the singular values of each gradient and the eigenvectors
+of each factor in float64: it costs more than a refresh of all roots, and waits for the device.
 
-The optimizer does not keep its last direction, and a scheduler may have changed the learning rate since. So whoever wants the
-length of the update passes the weights from before the step, and gets what moved: decay, momentum and rounding included.
+The optimizer does not keep its last direction, and a scheduler may have changed the learning rate since. For the length of the
+update, pass the weights from before the step: it then includes decay, momentum, and rounding.
 """
 
 from collections import defaultdict
@@ -19,30 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import owner
+from .blocks import parameter_of
+from .copies import full_gradient, full_tensor
 from .optimizer import AdamWShampoo
 from .options import parameter_name
-from .ranks import whole
 from .state import Bucket
-from .step import factor_correction, gather
+from .step import factor_correction
 
 Figures = dict[str, float]
 
 
 def weights(optimizer: AdamWShampoo) -> list[Tensor]:
-    """A copy of each parameter, in the optimizer's order."""
+    """Return a copy of each parameter, in the optimizer's order."""
     return [p.detach().clone() for p in optimizer._params()]
 
 
 @torch.no_grad()
 def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> dict[str, Figures]:
-    """The figures of the newest step for each parameter, by its name, or "parameter I of shape ..." where it has none:
-    `gradient_figures` where it has a gradient, `weight_figures`, and `factor_figures` where it has factors. "optimizer" has the
-    steps taken and skipped, and the roots rescued (see `health`), since it was made.
+    """Return the figures of the newest step for each parameter, by its name, or "parameter I of shape ..." if it has none.
+
+    `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. "optimizer" has the steps
+    taken and skipped, and the roots rescued (see `health`), since it was made.
 
     `before` holds the weights before the step; without it no update is reported. Raises ValueError if it does not fit.
-    Of several ranks each reports the parameters of which it owns a block, and the factors of its own blocks alone. DTensors are
-    gathered: with them all ranks must call it.
+    On multiple ranks, each reports the parameters of which it owns a block, and the factors of its own blocks alone. DTensors
+    are gathered: with them, all ranks must call it.
     """
     params = optimizer._params()
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
@@ -52,33 +53,33 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
         )
     earlier = dict(zip(params, before, strict=True)) if before is not None else {}
     figures: dict[Tensor, Figures] = {}
-    for group, bucket in optimizer._grouped():
-        of_factors = factor_figures(bucket, group)
-        owned = {piece.param for pieces in bucket.layout.pieces for piece in pieces}
-        grads, _ = gather(bucket, decay=0)
-        for i, (p, G, shape) in enumerate(zip(bucket.params, grads, bucket.layout.shapes, strict=True)):
-            W, W_before = whole(p), whole(earlier.get(p))
+    for bucket in optimizer._buckets:
+        of_factors = factor_figures(bucket)
+        owned = {grid.param for grids in bucket.layout.grids for grid in grids}
+        for i, (p, shape) in enumerate(zip(bucket.params, bucket.layout.shapes, strict=True)):
+            G, W = full_gradient(p), full_tensor(p)
+            W_before = full_tensor(earlier[p]) if p in earlier else None
             if i in owned:
-                of_gradient = gradient_figures(G if p.grad is not None else None, shape)
-                figures[p] = of_gradient | weight_figures(W, W_before) | of_factors.get(i, {})  # type: ignore[arg-type]
+                figures[p] = gradient_figures(G, shape) | weight_figures(W, W_before) | of_factors.get(i, {})
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]
     counts = {"steps": steps, "steps_skipped": skipped, "roots_rescued": optimizer.events.total() - skipped}
     return {"optimizer": counts} | {name: figures[p] for name, p in zip(names(optimizer), params, strict=True) if p in figures}
 
 
 def names(optimizer: AdamWShampoo) -> list[str]:
-    """The name of each parameter; where they have none, the place among all and the shape."""
+    """Return the name of each parameter; without names, its index among all and its shape."""
     given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     everything = {"params": optimizer._params()}
     return given or [parameter_name(everything, i) for i in range(len(everything["params"]))]
 
 
 def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
-    """||G||_F, ||G||_*, and nuclear_ratio = ||G||_* / (sqrt(min(m, n)) ||G||_F), from 1 / sqrt(min(m, n)) for rank one to 1 for
-    equal singular values. (arXiv 2601.07326: its rate is that of SGD where this is Theta(1), m and n being comparable.)
+    """Return ||G||_F, ||G||_*, and nuclear_ratio = ||G||_* / (sqrt(min(m, n)) ||G||_F).
 
-    G is the m x n matrix of its merged shape, m being the first dimension and n the product of the others; so a vector is
-    m x 1, and its ratio 1. NaN for a gradient that is not finite, and as the ratio of one that is zero.
+    The ratio is 1 / sqrt(min(m, n)) for rank one and 1 for equal singular values. (arXiv 2601.07326: its rate is that of SGD
+    where the ratio is Theta(1) and m and n are comparable.) G is taken as the m x n matrix of its merged shape, m being the
+    first dimension and n the product of the others; so a vector is m x 1, and its ratio 1. NaN for a gradient that is not
+    finite, and as the ratio of one that is zero.
     """
     if G is None:
         return {}
@@ -90,8 +91,8 @@ def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
 
 
 def weight_figures(W: Tensor, before: Tensor | None) -> Figures:
-    """||W||_F after the step; given the weights before it, update_norm = ||W - before||_F, and update_ratio, that over
-    ||before||_F: infinite where all were zero, NaN where they stayed so.
+    """Return ||W||_F after the step; given the weights before it, also update_norm = ||W - before||_F and update_ratio, that
+    over ||before||_F: infinite if all were zero, NaN if they stayed zero.
     """
     norm = torch.linalg.vector_norm
     found = {"weight_norm": norm(W.double()).item()}
@@ -101,23 +102,26 @@ def weight_figures(W: Tensor, before: Tensor | None) -> Figures:
     return found
 
 
-def factor_figures(bucket: Bucket, group: dict[str, Any]) -> dict[int, Figures]:
-    """For each parameter of which this rank has factors, by its place in the bucket: of its blocks' factors the largest
-    condition, the smallest effective_rank and the largest root_residual, as `spectrum` has them; the share roots_missing of
-    roots that are zero, not computed yet, or the identity, given up; and with solver "qr" the share bases_fit of those whose
-    eigenvectors a refresh would skip now. Nothing before the first step.
+def factor_figures(bucket: Bucket) -> dict[int, Figures]:
+    """Return figures of the factors that this rank has, for each parameter by its index in the bucket.
+
+    Over its blocks' factors the largest condition, the smallest effective_rank, and the largest root_residual, see `spectrum`;
+    roots_missing, the share of roots that are zero, not computed yet, or the identity, given up; and with solver "qr"
+    bases_fit, the share of those whose eigenvectors a refresh would keep now. Empty before the first step.
     """
+    group = bucket.group
     if group["step"] == 0:
         return {}
     found = defaultdict(list)
     c, eps, relative = factor_correction(group, group["step"]), group["eps"], group["relative_eps"]
-    for i, ((blocks, *_), exponents) in enumerate(zip(bucket.layout.stacks, bucket.exponents, strict=True)):
-        for A, X, Q, p in zip(bucket.factors[i], bucket.inv_roots[i], bucket.eigvecs[i], exponents, strict=True):
-            if A is not None and X is not None:
-                for block in range(blocks):
-                    of_block = spectrum(A[block].double() / c, X[block].double(), p, eps, relative)
-                    fits = basis_fits(A[block].double(), Q[block].double(), group["qr_tolerance"]) if Q is not None else nan
-                    found[owner(bucket.layout, i, block)].append((*of_block, fits))
+    for i, preconditioner in enumerate(bucket.preconditioners):
+        state = {(name, d): X.double() for name, d, X in preconditioner.tensors()}
+        for (name, d), factors in state.items():
+            for block, A in enumerate(factors) if name == "factors" else ():
+                X, Q = state["inv_roots", d][block], state["eigvecs", d][block] if ("eigvecs", d) in state else None
+                of_block = spectrum(A / c, X, preconditioner.exponents[d], eps, relative)
+                fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
+                found[parameter_of(bucket.layout, i, block)].append((*of_block, fits))
     columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
     return {
         param: {
@@ -132,7 +136,7 @@ def factor_figures(bucket: Bucket, group: dict[str, Any]) -> dict[int, Figures]:
 
 
 def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float, bool]:
-    """Of a corrected factor A and the root X that the step used, both d x d in float64, with S = A + eps I:
+    """Return four figures of a corrected factor A and the root X that the step used, d x d in float64, with S = A + eps I:
 
     - the condition number of S;
     - the effective rank exp(-sum_i s_i log s_i), s being A's eigenvalues over their sum: from 1, rank one, to d, all equal;
@@ -157,7 +161,7 @@ def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> 
 
 
 def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
-    """Whether ||B - diag B||_F <= tolerance ||B||_F for B = Q^T A Q, the test of solver "qr"; not for a basis of zeros."""
+    """Return whether ||B - diag B||_F <= tolerance ||B||_F for B = Q^T A Q, the test of solver "qr"; False if Q is zero."""
     B = Q.T @ A @ Q
     norm = torch.linalg.matrix_norm
     return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
@@ -166,9 +170,10 @@ def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
 def log_diagnostics(
     optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None
 ) -> dict[str, Figures]:
-    """Write `diagnostics` with a `torch.utils.tensorboard.SummaryWriter`, and return them: a scalar FIGURE/PARAMETER for each
-    that is finite, and for each figure a histogram, over parameters, of log10 of what is above zero. Of several ranks each
-    needs a writer of its own.
+    """Write `diagnostics` with a `torch.utils.tensorboard.SummaryWriter`, and return them.
+
+    A scalar FIGURE/PARAMETER for each figure that is finite, and for each figure a histogram, over parameters, of log10 of the
+    positive values. On multiple ranks, each needs its own writer.
     """
     found = diagnostics(optimizer, before)
     logs = defaultdict(list)

@@ -1,38 +1,46 @@
 """Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
 
-A method is a second moment V, kept by `update.accumulate` with `second_moment_decay`, and a function (N, V, bc2, eps) -> step.
-N is the averaged gradient, bc2 = 1 - beta2^t. All work elementwise, on any shape and dtype, and leave N and V as they are; the
-step may be N itself.
+A step function (N, V, bc2, eps) -> step takes the averaged gradient N, the second moment V, and bc2 = 1 - beta2^t. It works
+elementwise on any shape and dtype and leaves N and V unchanged; the step may be N itself.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Grafting(NamedTuple):
+    """A method that sets the length of a step."""
+
+    step: Callable[..., Tensor]
+    second_moment: bool = True  # whether it keeps V; without one it cannot move a block that has no factors, and Adam does
+    sums: bool = False  # V is a plain sum of squares, not an average
+    sets_length: bool = True  # otherwise the preconditioned direction keeps its own
+
+
 def sgd(N: Tensor, V: Tensor | None, bc2: float, eps: float) -> Tensor:
-    """N."""
+    """Return N."""
     return N
 
 
 def rmsprop(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
-    """N / (sqrt(V) + eps), V an average (RMSprop) or a sum (AdaGrad) of squared gradients."""
+    """Return N / (sqrt(V) + eps), where V is an average (RMSprop) or a sum (AdaGrad) of squared gradients."""
     D = V.sqrt().add_(eps)
     return torch.div(N, D, out=D)
 
 
 def adam(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
-    """N / (sqrt(V / bc2) + eps)."""
+    """Return N / (sqrt(V / bc2) + eps)."""
     D = V.div(bc2).sqrt_().add_(eps)
     return torch.div(N, D, out=D)
 
 
-# "none" means that the preconditioned direction keeps its own length.
-GRAFTING: dict[str, Callable[..., Tensor]] = {"none": sgd, "sgd": sgd, "adagrad": rmsprop, "rmsprop": rmsprop, "adam": adam}
-WITHOUT_SECOND_MOMENT = ("none", "sgd")
-
-
-def second_moment_decay(method: str, beta2: float) -> float:
-    """The decay of V under `method`: 1.0 (a plain sum) for AdaGrad, beta2 otherwise."""
-    return 1.0 if method == "adagrad" else beta2
+GRAFTING: dict[str, Grafting] = {
+    "none": Grafting(sgd, second_moment=False, sets_length=False),
+    "sgd": Grafting(sgd, second_moment=False),
+    "adagrad": Grafting(rmsprop, sums=True),
+    "rmsprop": Grafting(rmsprop),
+    "adam": Grafting(adam),
+}

@@ -1,15 +1,18 @@
-"""What could break a run, seen without waiting for the device: gradients that are not finite, roots that failed."""
+"""What could break a run, seen without waiting for the device: non-finite gradients, and roots that failed."""
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .copies import Inputs
 from .state import Bucket
+
+Names = Callable[[], dict[Tensor, str]]  # what errors call the parameters
 
 logger = logging.getLogger("shampoo")
 
@@ -24,70 +27,83 @@ class Later:
             self._copied.record()
 
     def read(self) -> list[Any]:
-        """Its numbers. A step later the device is past them, and nothing waits."""
+        """Return its elements. A step later the device has computed them, and nothing waits."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._copy.tolist()
+        elements: list[Any] = self._copy.tolist()
+        return elements
 
 
 def waits(x: Tensor) -> bool:
-    """Whether the host would have to wait for a tensor's device to read it."""
+    """Return whether the host would have to wait for a tensor's device to read it."""
     return x.device.type != "cpu"
 
 
 class Health:
-    """Counts steps that were skipped and roots that were rescued, and names the parameters.
+    """Counts skipped steps and rescued roots, and names the parameters.
 
     Args:
-        limit: so many steps in a row may be skipped; the last of them is an error.
+        limit: raise FloatingPointError on this many consecutive non-finite steps.
     """
 
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
-        self.limit, self.in_a_row = limit, 0
-        self._looked: list[tuple[list[Tensor], Later]] = []  # of the newest step: parameters, and the norms of their gradients
+        self.limit, self.consecutive = limit, 0
+        self._norms: list[tuple[list[Tensor], Later]] = []  # of the newest step: parameters, and norms of their gradients
 
-    def look(self, buckets: Iterable[Bucket], grads: Iterable[list[Tensor | None]]) -> Tensor | None:
-        """A bool that says whether a step's gradients are finite; None where the host can `count` without waiting for it."""
-        self._looked, norms = [], []
-        for bucket, of_bucket in zip(buckets, grads, strict=True):
-            present = [(p, G) for p, G in zip(bucket.params, of_bucket, strict=True) if G is not None and p.grad is not None]
-            if present:
-                norms.append(torch.stack(torch._foreach_norm([G for _, G in present], 2, bucket.dtype)))
-                self._looked.append(([p for p, _ in present], Later(norms[-1])))
+    def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
+        """Return a bool tensor, whether a step's gradients are finite; None if the host can `count` without waiting for it.
+
+        Raises RuntimeError for a sparse or complex gradient.
+        """
+        self._norms, norms = [], []
+        for bucket, of_bucket in zip(buckets, inputs, strict=True):
+            params, grads = [], []
+            for p, G in zip(bucket.params, of_bucket.grads, strict=True):
+                if G is not None:
+                    params.append(p)
+                    grads.append(G)
+                    if G.layout != torch.strided or G.is_complex():
+                        raise RuntimeError(
+                            f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype}; it must be dense and "
+                            "real (for an embedding: sparse=False)"
+                        )
+            if grads:
+                norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))
+                self._norms.append((params, Later(norms[-1])))
         if not any(map(waits, norms)):
             return None
         return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
 
-    def count(self, names: Callable[[], dict[Tensor, str]]) -> bool:
-        """Count the newest step, if that was not done, and say whether it was skipped: where the Frobenius norm of a gradient
-        is not finite, because a number is not, or the sum of squares is too large for a factor.
+    def count(self, names: Names) -> bool:
+        """Return whether the newest step is to be skipped, and count it, unless that was done before.
 
-        Raises FloatingPointError at the limit.
+        A step is skipped if the Frobenius norm of a gradient is not finite: an element is not, or the sum of squares overflows.
+        Raises FloatingPointError on the `limit`-th consecutive non-finite step.
         """
-        if not self._looked:
+        if not self._norms:
             return False
-        looked, self._looked = self._looked, []
-        bad = [p for params, norms in looked for p, norm in zip(params, norms.read(), strict=True) if not isfinite(norm)]
+        newest, self._norms = self._norms, []
+        bad = [p for params, norms in newest for p, norm in zip(params, norms.read(), strict=True) if not isfinite(norm)]
         if not bad:
-            self.in_a_row = 0
+            self.consecutive = 0
             return False
-        self.in_a_row += 1
+        self.consecutive += 1
         self.events["steps skipped"] += 1
         which = ", ".join(names()[p] for p in bad[:5]) + (f" and {len(bad) - 5} others" if len(bad) > 5 else "")
-        seen = f"the gradients of {which} hold NaN or Inf, or numbers whose squares are too large for float32"
-        logger.warning("a step was skipped, number %d in a row: %s", self.in_a_row, seen)
-        if self.in_a_row >= self.limit:
+        seen = f"the gradients of {which} hold NaN or Inf, or elements whose squares overflow float32"
+        logger.warning("a step was skipped, number %d in a row: %s", self.consecutive, seen)
+        if self.consecutive >= self.limit:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were skipped, and max_skipped_steps is {self.limit}: at the last one {seen}"
+                f"{self.consecutive} steps in a row were skipped, and max_skipped_steps is {self.limit}: at the last one {seen}"
             )
         return True
 
     def forget(self) -> None:
-        """Begin anew with what was loaded; the counts of events stay."""
-        self._looked, self.in_a_row = [], 0
+        """Forget the newest steps, after loading a state; the counts of events stay."""
+        self._norms, self.consecutive = [], 0
 
-    def report(self, bucket: Bucket, names: Callable[[], dict[Tensor, str]]) -> None:
+    def report(self, bucket: Bucket, names: Names) -> None:
         """Count a bucket's roots that could not be computed as usual, and name the first parameter of each kind."""
         for (i, cause), count in bucket.rescued.items():
             if cause not in self.events:

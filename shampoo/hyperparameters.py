@@ -39,7 +39,7 @@ OPTIONAL: dict[str, Rule] = {
     "factor_frequency": OPTIONS["factor_frequency"],
     "precondition_vectors": OPTIONS["precondition_vectors"],
     "bf16_roots": OPTIONS["bf16_roots"],
-    "exponents": OPTIONS["exponents"],  # in the place of inverse_root
+    "exponents": OPTIONS["exponents"],  # replaces inverse_root
 }
 
 
@@ -56,7 +56,7 @@ def check_point(point: Mapping[str, Any]) -> None:
 
 
 def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of AdamWShampoo at a point. Raises ValueError as `check_point` does."""
+    """Return the keyword arguments of AdamWShampoo at a point. Raises ValueError as `check_point` does."""
     check_point(point)
     return {
         "lr": point["learning_rate"],

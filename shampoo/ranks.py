@@ -1,7 +1,7 @@
-"""Several ranks: who they are, whether they agree, and the one exchange of a step.
+"""Multiple ranks: who they are, whether they agree, and the one exchange of a step.
 
 Every rank computes the directions of the blocks that it owns; one all-gather gives all directions to all ranks, and each
-applies them to its weights. Who owns which block is decided by `layout.build_layouts`, a pure function.
+applies them to its weights. `assignment` decides who owns which block.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ if dist.is_available():
 
 
 class Ranks(NamedTuple):
-    """The ranks that share the blocks out; without a process group one rank has all."""
+    """The ranks among which the blocks are shared; without a process group, one rank owns all."""
 
     group: Any  # a ProcessGroup, or None
     rank: int
@@ -31,9 +31,9 @@ ALONE = Ranks(None, 0, 1)
 
 
 def find_ranks(process_group: Any) -> Ranks:
-    """The ranks of a process group or of a one-dimensional DeviceMesh; None is the default group, if there is one.
+    """Return the ranks of a process group or of a one-dimensional DeviceMesh; None is the default group, if there is one.
 
-    Raises ValueError for a mesh of more dimensions, for anything else, and for a group that this process is not in.
+    Raises ValueError for a mesh of more dimensions, anything else, and a group that this process is not in.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -43,7 +43,7 @@ def find_ranks(process_group: Any) -> Ranks:
         if process_group.ndim != 1:
             raise ValueError(
                 f"process_group is a mesh of dimensions {process_group.mesh_dim_names or process_group.ndim}; it must have "
-                "one: name the mesh's dimensions and pass mesh[name], the one to share over"
+                "one: name the mesh's dimensions and pass mesh[name], the one whose ranks share the blocks"
             )
         process_group = process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup):
@@ -55,7 +55,7 @@ def find_ranks(process_group: Any) -> Ranks:
 
 
 def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """What the call returns and what it raises, one of them None: of several ranks the others must hear of an error first."""
+    """Return what the call returns and what it raises, one of them None, so that other ranks can hear of an error first."""
     try:
         return act(*arguments), None
     except Exception as error:
@@ -63,7 +63,7 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
-    """Raise on all ranks unless all have equal descriptions and no error. A collective: no rank goes on alone.
+    """Raise on all ranks unless all have the same description and no error. A collective: no rank continues alone.
 
     Raises the rank's own error, or RuntimeError with another rank's, or ValueError with the first line that differs.
     """
@@ -82,7 +82,7 @@ def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> 
 
 
 def first_difference(descriptions: list[list[str]]) -> str:
-    """What the ranks' descriptions first differ in."""
+    """Return the words for the first line in which the ranks' descriptions differ."""
     longest = max(map(len, descriptions))
     lines = zip(*(lines + ["nothing"] * (longest - len(lines)) for lines in descriptions), strict=True)
     differing = next(line for line in lines if len(set(line)) > 1)
@@ -93,33 +93,14 @@ def first_difference(descriptions: list[list[str]]) -> str:
     )
 
 
-def is_sharded(x: Tensor) -> bool:
-    """Whether this is a DTensor, as FSDP2 makes them."""
-    return hasattr(x, "full_tensor")
-
-
-def whole(x: Tensor | None) -> Tensor | None:
-    """The whole tensor of a DTensor, a collective of its mesh; any other as it is."""
-    return x.full_tensor() if x is not None and is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def add_part(x: Tensor, update: Tensor) -> None:
-    """x <- x + update for a DTensor x and a whole update: each rank adds to its part."""
-    from torch.distributed.tensor import DTensor, Replicate  # 1.5 s, which only their users pay
-
-    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
-    replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    x.to_local().add_(replicated.redistribute(mesh, placements).to_local())  # type: ignore[attr-defined]
-
-
 class Exchange:
-    """The buffers of one all-gather a step, for the buckets of one device and dtype.
+    """The buffers of one all-gather per step, for the buckets of one device and dtype.
 
-    Rank r sends its directions end to end, then a flag for each parameter, 1 where it has a gradient there, and two more, 1
-    if its step was skipped, and if it failed. All ranks send as much as the one with the most, at every step.
+    Each rank sends its directions end to end, then a flag for each parameter, 1 if it has a gradient there, and two more: 1 if
+    it skipped the step, and if it failed. All ranks send as much as the one with the most, at every step.
 
     Args:
-        buckets: with their places among the optimizer's.
+        buckets: by index among the optimizer's.
         names: what errors call the parameters.
         dtype: of what is sent; directions are rounded to it.
     """
@@ -133,11 +114,11 @@ class Exchange:
         self._sent = torch.zeros(width, dtype=dtype, device=device)
         self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
         self._flags: list[bool] = []  # as in _sent
-        self._differing: Later | None = None  # whether ranks had other flags at the newest exchange
+        self._differing: Later | None = None  # for each flag, whether ranks differed in it at the newest exchange
 
-    def gather(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
-        """For each bucket its place and the directions of all ranks, given this one's for each place and its two flags."""
-        own = [directions[place] for place in self._buckets]
+    def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield each bucket's index and all ranks' directions for it, given this rank's for all buckets, and its two flags."""
+        own = [directions[i] for i in self._buckets]
         flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
@@ -147,14 +128,14 @@ class Exchange:
         rows = self._received.view(self._ranks.size, -1)
         self._differing = Later((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
         rows = rows.to(own[0].dtype)
-        of_ranks = (row[: sum(n)].split(n) for row, n in zip(rows, self._lengths, strict=True))
+        of_ranks = (torch.split_with_sizes(row[: sum(n)], n) for row, n in zip(rows, self._lengths, strict=True))
         return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
 
     def check(self) -> None:
-        """Raise RuntimeError, on all ranks alike, if at the newest exchange a rank had failed, or some ranks had a gradient
-        where others had none, or one that is not finite where others' were.
+        """Raise RuntimeError, on all ranks alike, if ranks differed at the newest exchange.
 
-        To be called at the next step: by then that exchange is over on the device, too, and nothing waits.
+        A rank had failed, or only some ranks had a gradient for a parameter, or only some had non-finite ones. Call it at the
+        next step: by then that exchange is over on the device, too, and nothing waits.
         """
         *present, skipped, failed = self._differing.read() if self._differing is not None else [False] * 2
         if failed:
@@ -173,8 +154,8 @@ class Exchange:
 
 
 def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
-    """An exchange for each device and dtype; `dtype` is that of what is sent, None the buckets' own."""
+    """Return an exchange for each device and dtype of the buckets; send in `dtype`, or in the buckets' own if None."""
     kinds: dict[tuple[torch.device, torch.dtype], dict[int, Bucket]] = {}
-    for place, bucket in enumerate(buckets):
-        kinds.setdefault((bucket.device, bucket.dtype), {})[place] = bucket
+    for i, bucket in enumerate(buckets):
+        kinds.setdefault((bucket.device, bucket.dtype), {})[i] = bucket
     return [Exchange(ranks, members, names, dtype or own) for (_, own), members in kinds.items()]

@@ -1,48 +1,52 @@
-"""Batched inverse roots of symmetric positive semi-definite matrices: the (L + eps I)^(-1/p) and (R + eps I)^(-1/q) of arXiv
+"""Batched inverse roots of symmetric positive semidefinite matrices: (L + eps I)^(-1/p) and (R + eps I)^(-1/q) of arXiv
 2601.07326. Here A is a factor, L or R, and p is the power itself, the paper's 1/p or 1/q.
 
-Every solver has one contract: A of shape (B, d, d), float32 or float64, with entries of at most 2, scales s and eps > 0 of
-shape (B, 1), p > 0, and a basis Q (B, d, d) or None -> (s A + eps I)^(-p), symmetric to rounding, of A's shape and dtype.
-Solvers in WITH_BASIS start from the basis that Q holds, all zeros before the first time, and leave the new one in it. A solver
-raises `torch.linalg.LinAlgError` when any matrix of the batch fails; `inverse_root` then goes matrix by matrix.
+Every solver has one contract: solve(A, s, p, eps, Q, **options) -> (s A + eps I)^(-p), of A's shape and dtype and symmetric to
+rounding, for A (B, d, d), float32 or float64, with entries of magnitude at most 2, scales s and eps > 0 of shape (B, 1), p > 0,
+and a basis Q (B, d, d) or None. A solver that keeps a basis starts from the one in Q, all zeros before the first time, and
+leaves the new one there. A solver raises LinAlgError when any matrix of the batch fails; `inverse_root` then takes each alone.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isclose
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
+
 NEWTON_STEPS = 100
+QR_TOLERANCE = 0.3
 
 
 def power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
-    """Q (Lambda + eps)^(-p) Q^T for eigenvalues (B, d) and eigenvectors Q (B, d, d).
+    """Return Q (Lambda + eps)^(-p) Q^T for eigenvalues (B, d) and eigenvectors Q (B, d, d).
 
-    Where rounding made an eigenvalue of a matrix negative, all of its eigenvalues are shifted up until the smallest is 0.
+    If rounding made an eigenvalue of a matrix negative, all of its eigenvalues are shifted up until the smallest is 0.
     """
     lam = lam - lam.amin(dim=1, keepdim=True).clamp(max=0) + eps
     return (Q * lam.pow(-p).unsqueeze(-2)) @ Q.mT
 
 
-def eigh(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None, tolerance: float = 0.0) -> Tensor:
-    """`power` of all eigenvalues and eigenvectors of A. Exact to rounding."""
+def eigh(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
+    """Return the `power` of all eigenvalues and eigenvectors of A: exact to rounding."""
     lam, basis = torch.linalg.eigh(A)
     return power(lam * s, basis, p, eps)
 
 
-def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, tolerance: float) -> Tensor:
-    """`power` of the Rayleigh quotients lambda_i = q_i^T A q_i and the basis Q, which follows A.
+def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
+    """Return the `power` of the Rayleigh quotients lambda_i = q_i^T A q_i and the basis Q, which follows A.
 
-    With B = Q^T A Q, a basis is good while ||B - diag B||_F <= tolerance ||B||_F; since ||B||_F = ||A||_F, one product A Q
-    tells. Where it is not, one step of orthogonal iteration makes it Q <- qr(A Q); where there is none, `eigh` does.
+    With B = Q^T A Q, a basis fits while ||B - diag B||_F <= qr_tolerance ||B||_F; since ||B||_F = ||A||_F, one product A Q
+    tells. A basis that does not fit takes one step of orthogonal iteration, Q <- qr(A Q); the first one comes from `eigh`.
     (Eschenhagen et al., arXiv 2506.03595, have this test.)
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
     square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
-    turn = square - lam.square().sum(dim=1) > tolerance**2 * square
+    turn = square - lam.square().sum(dim=1) > qr_tolerance**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
     if first.any():
         lam[first], Q[first] = torch.linalg.eigh(A[first])
@@ -54,13 +58,14 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, tolerance: float)
     return power(lam * s, Q, p, eps)
 
 
-def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None, tolerance: float = 0.0) -> Tensor:
-    """s^(-1/r) times X -> (A + (eps / s) I)^(-1/r), r = 1/p an integer, by the coupled Newton iteration, products alone:
+def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
+    """Return s^(-1/r) X, where X -> (A + (eps / s) I)^(-1/r) by the coupled Newton iteration, r = 1/p an integer:
 
         X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I)
 
     until M is I, with z = (1 + r) / (2 ||A + (eps / s) I||_F) (Higham, Functions of Matrices, 7.3; Anil et al., arXiv
-    2002.09018). It takes no eps / s below two roundings of ||A||_F: A itself may have eigenvalues as far below 0.
+    2002.09018). Matrix products alone. eps / s is raised to at least two roundings of ||A||_F, since A itself may have
+    eigenvalues that far below 0.
     """
     r, eye = round(1 / p), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     rounding = torch.finfo(A.dtype).eps
@@ -74,26 +79,39 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None,
         T = ((r + 1) * eye - M) / r
         M_next = torch.linalg.matrix_power(T, r) @ M
         error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
-        going &= (error > enough) & (error_next < 1.2 * error)  # it falls until only rounding errors are left, which grow
+        going &= (error > enough) & (error_next < 1.2 * error)  # the error falls until only rounding is left, which grows
         if not going.any():
             break
         X, M, error = X.where(~going, X @ T), M.where(~going, M_next), error.where(~going, error_next)
-    return s.pow(-p).unsqueeze(2) * (X + X.mT) / 2
+    root: Tensor = s.pow(-p).unsqueeze(2) * (X + X.mT) / 2
+    return root
 
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {"eigh": eigh, "qr": qr, "newton": newton}
-WITH_BASIS = ("qr",)
+def check_newton(exponents: tuple[float, ...]) -> None:
+    """Raise ValueError unless every exponent is 0 or 1/r for an integer r."""
+    if any(p and not isclose(round(1 / p) * p, 1) for p in exponents):
+        raise ValueError(f"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are {exponents}: use 'eigh' or 'qr'")
 
 
-def check_solver(solver: str, exponents: tuple[float, ...]) -> None:
-    """Raise ValueError if the solver cannot have these exponents."""
-    if solver == "newton" and any(p and not isclose(round(1 / p) * p, 1) for p in exponents):
-        raise ValueError(f"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are {exponents}: take 'eigh' or 'qr'")
+class Solver(NamedTuple):
+    """A way to compute roots."""
+
+    solve: Callable[..., Tensor]
+    keeps_basis: bool = False
+    options: tuple[str, ...] = ()  # those of the optimizer that only this solver takes
+    check: Callable[[tuple[float, ...]], None] = lambda exponents: None  # raises ValueError for exponents it cannot have
+
+
+SOLVERS: dict[str, Solver] = {
+    "eigh": Solver(eigh),
+    "qr": Solver(qr, keeps_basis=True, options=("qr_tolerance",)),
+    "newton": Solver(newton, check=check_newton),
+}
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the user allows elsewhere (TF32, bfloat16)."""
+    """Compute float32 matrix products in float32, even where the user allows TF32 or bfloat16."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -112,14 +130,14 @@ def inverse_root(
     *,
     relative_eps: bool = False,
     solver: str = "eigh",
-    qr_tolerance: float = 0.3,
+    **options: object,
 ) -> tuple[Tensor, dict[int, str]]:
-    """(A / c + eps I)^(-p) of each matrix of A: (B, d, d), always finite, by SOLVERS[solver]; eps tr(A / c) if relative_eps.
+    """Return (A / c + eps I)^(-p) of each matrix of A (B, d, d), always finite; eps tr(A / c) instead of eps if relative_eps.
 
-    The paper's have c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no product overflows and no
-    bit is lost. One that fails is tried alone by `eigh`, then in float64; if that fails too, or A is not finite, it keeps its
-    `previous` root, or gets the identity where that is zero. Returns the roots, and in words what became of the matrices for
-    which float32 was not enough.
+    The paper has c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no product overflows and no bit
+    is lost, and goes to SOLVERS[solver] with its options. A matrix that fails is computed alone by `eigh`, then in float64; if
+    that fails too, or A is not finite, it keeps its `previous` root, or gets the identity if that is zero. Also returns, by
+    index, what became of the matrices for which float32 was not enough.
     """
     s = _scales(A, c, eps)
     matrices = A / (c * s.unsqueeze(2))
@@ -130,34 +148,34 @@ def inverse_root(
     with full_precision():
         try:
             _finite(s)
-            return _finite(SOLVERS[solver](matrices, s, p, shift, Q, qr_tolerance)), {}
-        except torch.linalg.LinAlgError:
+            return _finite(SOLVERS[solver].solve(matrices, s, p, shift, Q, **options)), {}
+        except LinAlgError:
             if Q is not None:
-                Q.zero_()  # it may hold NaN by now: the next time begins anew
+                Q.zero_()  # it may hold NaN by now: start anew next time
         alone = [slice(b, b + 1) for b in range(len(A))]
         rescued = [_rescue(matrices[b], s[b], p, shift[b], previous[b]) for b in alone]
     return torch.cat([X for X, _ in rescued]), {b: cause for b, (_, cause) in enumerate(rescued) if cause}
 
 
 def _scales(A: Tensor, c: float, eps: float) -> Tensor:
-    """The power of two of the largest entry of each A / c, or of eps if that is larger; NaN where A is not finite: (B, 1)."""
-    largest = torch.linalg.vector_norm(A, torch.inf, dim=(1, 2)).unsqueeze(1).clamp(min=c * eps) / c
+    """Return the power of two of the largest entry of each A / c, or of eps if larger: (B, 1); NaN where A is not finite."""
+    largest: Tensor = torch.linalg.vector_norm(A, torch.inf, dim=(1, 2)).unsqueeze(1).clamp(min=c * eps) / c
     return largest / (2 * torch.frexp(largest).mantissa) + 0 * largest
 
 
 def _finite(X: Tensor) -> Tensor:
-    if not torch.isfinite(X).all():  # seen: float32 eigh on a CPU gives NaN, and no error, for some rank-deficient matrices
-        raise torch.linalg.LinAlgError("a matrix with NaN or Inf")
+    if not torch.isfinite(X).all():  # seen: float32 eigh on a CPU returns NaN, and no error, for some rank-deficient matrices
+        raise LinAlgError("a matrix with NaN or Inf")
     return X
 
 
 def _rescue(A: Tensor, s: Tensor, p: float, eps: Tensor, previous: Tensor) -> tuple[Tensor, str]:
-    """A root for one matrix, and how it was found, "" if as ever."""
+    """Return a root for one matrix (1, d, d), and how it was found; "" for the usual way."""
     for dtype, found in ((A.dtype, ""), (torch.float64, "computed in float64")):
         try:
             exact = eigh(_finite(A).to(dtype), s.to(dtype), p, eps.to(dtype))
             return _finite(exact.to(A.dtype)), found
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
     if previous.any() and torch.isfinite(previous).all():
         return previous.to(A.dtype), "kept as they were"

@@ -10,11 +10,11 @@ TAILS = ("zero", "rise")
 
 
 def warmup_cosine_factor(step: int, num_steps: float, warmup_steps: int, tail: str) -> float:
-    """What lr is multiplied with at a step counted from 0.
+    """Return the factor of lr at a step counted from 0.
 
     1e-10 + (1 - 1e-10) step / warmup_steps during warm-up, then (1 + cos(pi s)) / 2 with
-    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1). Past s = 1: tail "zero" stays at 0; "rise" goes on along the
-    cosine, up to 1 and down again, as torch's LinearLR and CosineAnnealingLR in a SequentialLR do, which the competition ran.
+    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1). Past s = 1: tail "zero" stays at 0; "rise"
+    continues along the cosine, up to 1 and down again, as the competition's SequentialLR of LinearLR and CosineAnnealingLR did.
     """
     if step < warmup_steps:
         return 1e-10 + (1 - 1e-10) * step / warmup_steps
@@ -23,7 +23,7 @@ def warmup_cosine_factor(step: int, num_steps: float, warmup_steps: int, tail: s
 
 
 def warmup_cosine(optimizer: Optimizer, num_steps: float, warmup_steps: int, tail: str = "zero") -> LambdaLR:
-    """A torch scheduler that multiplies each group's lr with `warmup_cosine_factor`; step it once after each optimizer step.
+    """Return a torch scheduler that multiplies each group's lr by `warmup_cosine_factor`; step it after each optimizer step.
 
     Raises ValueError for an unknown tail.
     """

@@ -255,7 +255,7 @@ def state_size(optimizer):
     """Return the number of state elements on this rank."""
     from shampoo.state import tensors
 
-    return sum(x.numel() for buckets in optimizer._buckets for bucket in buckets for x in tensors(bucket))
+    return sum(x.numel() for bucket in optimizer._buckets for x in tensors(bucket))
 
 
 def received_bytes(rank, size):

@@ -98,7 +98,7 @@ def test_the_residual_is_one_without_roots_small_when_they_are_fresh_and_then_gr
 def test_the_residual_includes_the_solvers_error(factor, expected):
     params, optimizer = make((6,), precondition_frequency=1)
     step(params, optimizer, 1)
-    optimizer._buckets[0][0].inv_roots[0][0].mul_(factor)
+    optimizer._buckets[0].preconditioners[0].inv_roots[0].mul_(factor)
     assert diagnostics(optimizer)["parameter 0 of shape (6,)"]["root_residual"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_approximate_bases_show_in_the_residual():
 def test_missing_and_rescued_roots_are_reported():
     params, optimizer = make((16, 8), precondition_frequency=1)
     step(params, optimizer, 1)
-    optimizer._buckets[0][0].inv_roots[0][1][1] = torch.eye(8)
+    optimizer._buckets[0].preconditioners[0].inv_roots[1][1] = torch.eye(8)
     optimizer.events["roots computed in float64"] += 3
     found = diagnostics(optimizer)
     assert found["parameter 0 of shape (16, 8)"]["roots_missing"] == 1 / 4  # two blocks with two roots each
@@ -217,7 +217,7 @@ def test_a_non_finite_gradient_is_reported_as_nan(caplog):
 def test_a_non_finite_factor_is_reported_as_nan(value):
     params, optimizer = make((8,))
     step(params, optimizer, 1)
-    optimizer._buckets[0][0].factors[0][0][0, 2, 1] = value  # eigh reads the lower triangle
+    optimizer._buckets[0].preconditioners[0].factors[0][0, 2, 1] = value  # eigh reads the lower triangle
     found = diagnostics(optimizer)["parameter 0 of shape (8,)"]
     assert all(np.isnan(found[figure]) for figure in FACTORS - {"roots_missing"})
     assert found["roots_missing"] == 1
@@ -232,9 +232,9 @@ def test_bases_fit_until_the_factors_rotate():
         W.grad[t // 3, t // 3] = 10.0**t  # a single direction at first
         W.grad += 10.0**t * torch.outer(torch.arange(6) % (t + 1) - 1.0, torch.arange(5) % (t + 2) - 1.0) * (t > 4)
         optimizer.step()
-        (bucket,) = optimizer._buckets[0]
+        (preconditioner,) = optimizer._buckets[0].preconditioners
         fits = []
-        for A, Q in zip(bucket.factors[0], bucket.eigvecs[0]):
+        for A, Q in zip(preconditioner.factors, preconditioner.eigvecs):
             B = Q[0].numpy().T @ A[0].numpy() @ Q[0].numpy()
             fits.append(t >= 2 and np.linalg.norm(B - np.diag(np.diag(B))) <= 0.3 * np.linalg.norm(B))
         shares.append(diagnostics(optimizer)["parameter 0 of shape (6, 5)"]["bases_fit"])

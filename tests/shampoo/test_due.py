@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo import AdamWShampoo
-from shampoo.step import due_blocks
+from shampoo.due import due_blocks
 
 STACKS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampoo import AdamWShampoo
+from shampoo.preconditioner import contract
 from shampoo.roots import inverse_root
-from shampoo.update import precondition
 
 EXPONENTS = {"two-sided": (0.25, 0.25), "left": (0.5, 0.0), "right": (0.0, 0.5), "uneven": (0.125, 0.375)}
 
@@ -52,7 +52,7 @@ def test_nuclear_norm_is_bounded_by_the_preconditioned_product(m, n, inverse_p, 
     L, R = X @ X.mT + 1e-3 * torch.eye(m), Y @ Y.mT + 1e-3 * torch.eye(n)
     inverse_q = 0.5 - inverse_p
     roots = [inverse_root(A, 1.0, e, 1e-30, A)[0] if e else None for A, e in ((L, inverse_p), (R, inverse_q))]
-    product = (G * precondition(G, roots)).sum()
+    product = (G * contract(G, roots)).sum()
     trace_L, trace_R = (torch.linalg.eigvalsh(A).sqrt().sum() for A in (L, R))
     assert nuclear_norm(G[0]) ** 2 <= product * trace_L ** (2 * inverse_p) * trace_R ** (2 * inverse_q) * (1 + 1e-9)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shampoo import AdamWShampoo, roots
-from shampoo.roots import SOLVERS, inverse_root
+from shampoo.roots import SOLVERS, Solver, inverse_root
 
 
 def root(A, p, eps, Q=None, **options):
@@ -115,7 +115,7 @@ def test_negative_eigenvalues_are_shifted_to_zero():
 def test_only_a_matrix_that_fails_falls_back(monkeypatch, silent):
     """The solver fails on matrix 1 in float32 and on matrix 2 in any precision; matrices 0 and 3 are unaffected."""
 
-    def fails(A, s, p, eps, Q=None, tolerance=0.0):
+    def fails(A, s, p, eps, Q=None):
         entry = (s * A[:, 0])[:, 0]
         failing = (entry == 3) | ((entry == 2) & (A.dtype == torch.float32))
         if failing.any() and not silent:
@@ -124,7 +124,7 @@ def test_only_a_matrix_that_fails_falls_back(monkeypatch, silent):
 
     eigh = roots.eigh
     monkeypatch.setattr(roots, "eigh", fails)
-    monkeypatch.setitem(SOLVERS, "fails", fails)
+    monkeypatch.setitem(SOLVERS, "fails", Solver(fails))
     A = torch.stack([d * torch.eye(3) for d in (1.0, 2.0, 3.0, 4.0)])
     previous = torch.full_like(A, 7.0)
     X, rescued = inverse_root(A, 1.0, 0.5, 1e-8, previous, solver="fails")

@@ -1,0 +1,121 @@
+"""Shapes of blocks and where they lie: merge a parameter's dimensions, cut it, stack blocks of one shape. Integers only.
+
+A block is one preconditioning problem. A grid is equal blocks of one parameter: cutting every dimension into full chunks and a
+remainder gives at most 2^k grids, whatever the number of blocks. All blocks of one shape that a rank owns form a stack
+(B, d1, ..., dk), and all stacks lie end to end in one flat vector, so that elementwise work is one call for all parameters
+and a matrix product one call for all blocks of a shape.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, product
+from math import prod
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """Equal blocks of one parameter: along dimension d, `counts[d]` blocks of size `block[d]`, beginning at `start[d]`."""
+
+    start: tuple[int, ...]
+    counts: tuple[int, ...]
+    block: tuple[int, ...]
+    param: int = 0  # index of the parameter in the layout
+    number: int = 0  # of the grid among those of the parameter
+    first: int = 0  # index of the first block in the grid before it was split among ranks, in row-major order
+    row: int = 0  # index of the first block in its stack
+
+    @property
+    def size(self) -> int:
+        """The number of blocks, prod(counts)."""
+        return prod(self.counts)
+
+
+class View(NamedTuple):
+    """How to view a grid's blocks (*counts, *block) in a contiguous parameter, with `as_strided`."""
+
+    param: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Layout(NamedTuple):
+    """Where the blocks of one rank lie in its flat vector."""
+
+    shapes: list[tuple[int, ...]]  # merged shape of each parameter
+    stacks: tuple[tuple[int, ...], ...]  # (B, d1, ..., dk) of each stack, in the order of the flat vector
+    grids: list[list[Grid]]  # of each stack, in the order of its rows
+    views: list[View]  # of each grid, in the order of the flat vector
+    lengths: list[int]  # elements of each grid, in the same order
+    numel: int  # elements of the flat vector
+
+
+def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """Drop dimensions of size 1, then multiply each dimension into the one before it while the product is <= block_size.
+
+    A shape with nothing left, or a scalar's, becomes (1,). With block_size 1024: (64, 64, 3, 3) -> (64, 576),
+    (512, 512, 3, 3) -> (512, 512, 9). Source: the competition's submission.
+    """
+    merged: list[int] = []
+    for size in shape:
+        if size == 1:
+            continue
+        if merged and merged[-1] * size <= block_size:
+            merged[-1] *= size
+        else:
+            merged.append(size)
+    return tuple(merged) or (1,)
+
+
+def merged_shape(shape: tuple[int, ...], block_size: int, merge: bool) -> tuple[int, ...]:
+    """Return the shape in which a parameter is cut: that of `merge_dims`, or its own; (1,) for a scalar."""
+    return merge_dims(shape, block_size) if merge else tuple(shape) or (1,)
+
+
+def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
+    """Cut every dimension into chunks of block_size; the last chunk is the remainder (1280 -> 1024 + 256).
+
+    Returns grids in row-major order of their starts; none for a shape without elements.
+    """
+    chunks = []  # for each dimension: (start, number of chunks, size of a chunk)
+    for size in shape:
+        full, rest = divmod(size, block_size)
+        chunks.append([(0, full, block_size)] * (full > 0) + [(full * block_size, 1, rest)] * (rest > 0))
+    found = []
+    for number, choice in enumerate(product(*chunks)):
+        start, counts, block = zip(*choice, strict=True)
+        found.append(Grid(start, counts, block, param, number))
+    return found
+
+
+def split(grid: Grid) -> list[Grid]:
+    """Return each block of a grid as a grid of its own, in row-major order."""
+    starts = product(*(range(x, x + n * b, b) for x, n, b in zip(grid.start, grid.counts, grid.block, strict=True)))
+    ones = (1,) * len(grid.block)
+    return [grid._replace(start=start, counts=ones, first=i) for i, start in enumerate(starts)]
+
+
+def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
+    """Return the layout of these grids of parameters of these merged shapes: one stack for each shape of a block."""
+    stacks: dict[tuple[int, ...], list[Grid]] = {}
+    rows: dict[tuple[int, ...], int] = {}
+    for grid in grids:
+        row = rows.get(grid.block, 0)
+        stacks.setdefault(grid.block, []).append(grid._replace(row=row))
+        rows[grid.block] = row + grid.size
+    views = [view(grid, shapes[grid.param]) for of_stack in stacks.values() for grid in of_stack]
+    lengths = [prod(each.shape) for each in views]
+    shapes_of_stacks = tuple((rows[block], *block) for block in stacks)
+    return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths))
+
+
+def view(grid: Grid, shape: tuple[int, ...]) -> View:
+    """Return how to view the grid's blocks in a contiguous parameter of this merged shape."""
+    stride = tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1]
+    between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # from block to block
+    offset = sum(first * step for first, step in zip(grid.start, stride, strict=True))
+    return View(grid.param, grid.counts + grid.block, between + stride, offset)
+
+
+def parameter_of(layout: Layout, stack: int, row: int) -> int:
+    """Return the index of the parameter that a block of a stack belongs to."""
+    return next(grid.param for grid in reversed(layout.grids[stack]) if grid.row <= row)

@@ -1,0 +1,147 @@
+"""What preconditions a stack of blocks (B, d1, ..., dk): one object keeps its matrices, updates them, and applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .roots import SOLVERS, inverse_root
+from .update import accumulate
+
+if TYPE_CHECKING:  # options.py imports the table below
+    from .options import Options
+
+ROOTS_AT_A_TIME = 2**22  # elements of factors, so that a solver does not need several times the memory of all
+
+
+class Kronecker:
+    """Shampoo's preconditioner: for each dimension d of the blocks a factor A_d and its inverse root X_d, both (B, d_d, d_d).
+
+    For matrices A_1 and A_2 are the paper's L and R, and X_1 and X_2 are L^(-1/p) and R^(-1/q). A dimension with exponent zero
+    has neither, and its X_d is the identity. A solver that keeps a basis has it in `eigvecs`. All matrices start at zero.
+    """
+
+    def __init__(
+        self, stack: Sequence[int], exponents: tuple[float, ...], options: Options, dtype: torch.dtype, device: torch.device
+    ):
+        def matrices(dtype: torch.dtype, needed: bool = True) -> list[Tensor | None]:
+            """Return zeros (B, d, d) for each dimension with a factor, None for the others."""
+            return [
+                torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed else None
+                for d, p in zip(block, exponents, strict=True)
+            ]
+
+        blocks, *block = stack
+        SOLVERS[options["solver"]].check(exponents)
+        self.exponents = exponents
+        self.factors = matrices(dtype)
+        self.inv_roots = matrices(torch.bfloat16 if options["bf16_roots"] else dtype)
+        self.eigvecs = matrices(dtype, needed=SOLVERS[options["solver"]].keeps_basis)
+
+    def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
+        """A_d <- beta2 A_d + (1 - beta2) U^T U in place, U = unfold(G, d); for beta2 = 1 a plain sum.
+
+        For matrices: L <- beta2 L + (1 - beta2) G G^T, R <- beta2 R + (1 - beta2) G^T G. `present`: (B, 1, 1) or None.
+        """
+        for d, A in enumerate(self.factors, start=1):
+            if A is None:
+                continue
+            U = unfold(G, d)
+            if present is None:
+                A.baddbmm_(U.mT, U, beta=beta2, alpha=1 - beta2 if beta2 < 1 else 1)
+            else:
+                accumulate(A, U.mT @ U, beta2, present)
+
+    def refresh(self, blocks: Sequence[int], bc2: float, options: Options) -> list[tuple[int, str]]:
+        """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; eps times the trace of A_d / bc2 with relative_eps.
+
+        In the paper bc2 = 1. Returns the blocks for which float32 was not enough, and what became of their roots.
+        """
+        rescued, solver = [], options["solver"]
+        own = {name: value for name, value in options.items() if name in SOLVERS[solver].options}
+        for X, A, Q, p in zip(self.inv_roots, self.factors, self.eigvecs, self.exponents, strict=True):
+            if A is None or X is None:
+                continue
+            few = max(1, ROOTS_AT_A_TIME // A[0].numel())
+            for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
+                rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice copies nothing
+                basis = Q[rows] if Q is not None else None
+                roots, causes = inverse_root(
+                    A[rows], bc2, p, options["eps"], X[rows], basis, relative_eps=options["relative_eps"], solver=solver, **own
+                )
+                X[rows] = roots.to(X.dtype)
+                if Q is not None and basis is not None:
+                    Q[rows] = basis
+                rescued += [(some[i], cause) for i, cause in causes.items()]
+        return rescued
+
+    def apply(self, N: Tensor) -> Tensor:
+        """Return N (B, d1, ..., dk) contracted with X_d along each dimension d; for matrices X_1 N X_2.
+
+        In the paper (L + eps I)^(-1/p) M (R + eps I)^(-1/q); its one-sided case is an X_d of identity, 1/p or 1/q = 0.
+        """
+        return contract(N, self.inv_roots)
+
+    def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the name, dimension, and tensor (B, ...) of all state; checkpoints and ranks know no more of it."""
+        for name in ("factors", "inv_roots", "eigvecs"):
+            yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
+
+    @staticmethod
+    def cost(block: Sequence[int], exponents: tuple[float, ...], options: Options) -> float:
+        """Return floating-point operations per step for a block (d1, ..., dk) of n elements.
+
+        For each factor of size d: 2 n d to apply its root, as much for each update, and about 25 d^3 for each root.
+        """
+        n, updates, refreshes = prod(block), 1 / options["factor_frequency"], 1 / options["precondition_frequency"]
+        return sum(2 * n * d * (1 + updates) + 25 * d**3 * refreshes for d, p in zip(block, exponents, strict=True) if p)
+
+
+PRECONDITIONERS = {"shampoo": Kronecker}
+
+
+def block_exponents(order: int, options: Options) -> tuple[float, ...]:
+    """Return the exponent of each factor's inverse root, 1/p and 1/q in the paper, for a block of order k.
+
+    With `exponents` None: 1/(2k) each. A float: that each. A pair (left, right): left for the first dimension, right/(k-1) for
+    each other one; a block of order 1 gets left + right. All times `exponent_multiplier`.
+    """
+    exponents = options["exponents"]
+    if exponents is None:
+        each = [1 / (2 * order)] * order
+    elif isinstance(exponents, (tuple, list)):
+        left, right = exponents
+        each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
+    else:
+        each = [exponents] * order
+    return tuple(options["exponent_multiplier"] * e for e in each)
+
+
+def unfold(G: Tensor, d: int) -> Tensor:
+    """(B, d1, ..., dk) -> (B, product of the others, d_d), d from 1: the matrix whose rows run along dimension d.
+
+    A view for the first and the last dimension.
+    """
+    return G.movedim(d, -1).flatten(1, -2) if G.dim() > 2 else G.unsqueeze(1)
+
+
+def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Contract N (B, d1, ..., dk) with a matrix (B, d_d, d_d) along each dimension d; None is the identity.
+
+    The first from the left, the others from the right, the last of them first: so only those between are copied.
+    """
+    for d in (1, *range(len(matrices), 1, -1)):
+        X = matrices[d - 1]
+        if X is None:
+            continue
+        X = X.to(N.dtype)
+        if d == 1:
+            N = (X @ N.reshape(*N.shape[:2], -1)).view(N.shape)
+        else:
+            moved = N.movedim(d, -1)
+            N = (moved.flatten(1, -2) @ X).view(moved.shape).movedim(-1, d)
+    return N

@@ -1,0 +1,69 @@
+"""Shapes of blocks: every element of every parameter is in exactly one."""
+
+from itertools import chain, pairwise
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shampoo.blocks import cut, merge_dims, parameter_of, split, stack, view
+
+shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
+
+
+@pytest.mark.parametrize(
+    ("shape", "merged"),
+    [
+        ((64, 64, 3, 3), (64, 576)),
+        ((512, 512, 3, 3), (512, 512, 9)),
+        ((1280,), (1280,)),
+        ((1, 8, 1), (8,)),
+        ((), (1,)),
+        ((1, 1), (1,)),
+        ((4, 300, 2, 5), (4, 600, 5)),
+        ((2048, 512, 1, 1), (2048, 512)),
+        ((32, 32, 1, 7), (1024, 7)),
+    ],
+)
+def test_dimensions_are_merged_up_to_the_limit(shape, merged):
+    assert merge_dims(shape, 1024) == merged
+
+
+@given(shape=shapes, limit=st.integers(1, 50))
+def test_merging_keeps_all_elements_and_merges_wherever_allowed(shape, limit):
+    merged = merge_dims(shape, limit)
+    assert prod(merged) == prod(shape)
+    assert all(a * b > limit for a, b in pairwise(merged))
+
+
+@pytest.mark.parametrize(
+    ("shape", "grids"),
+    [
+        ((1280,), [((0,), (1,), (1024,)), ((1024,), (1,), (256,))]),
+        ((2500, 30), [((0, 0), (2, 1), (1024, 30)), ((2048, 0), (1, 1), (452, 30))]),
+        ((2048, 2048), [((0, 0), (2, 2), (1024, 1024))]),
+        ((0, 4), []),
+    ],
+)
+def test_shapes_are_cut_into_grids_of_equal_blocks(shape, grids):
+    assert [grid[:3] for grid in cut(shape, 1024)] == grids
+
+
+@given(shape=shapes.filter(len), block_size=st.integers(1, 10), single=st.booleans())
+def test_grids_cover_every_element_once(shape, block_size, single):
+    X = torch.zeros(shape)
+    grids = cut(shape, block_size)
+    assert len(grids) <= 2 ** len(shape)
+    for grid in chain(*map(split, grids)) if single else grids:
+        assert max(grid.block) <= block_size
+        found = view(grid, shape)
+        X.as_strided(found.shape, found.stride, found.offset).add_(1)
+    assert (X == 1).all()
+
+
+def test_a_block_of_a_stack_knows_its_parameter():
+    layout = stack([(4, 6), (2, 3), (5, 3)], [grid for i, s in enumerate([(4, 6), (2, 3), (5, 3)]) for grid in cut(s, 3, i)])
+    owners = {shape[1:]: [parameter_of(layout, i, row) for row in range(shape[0])] for i, shape in enumerate(layout.stacks)}
+    assert owners == {(3, 3): [0, 0, 2], (1, 3): [0, 0], (2, 3): [1, 2]}
