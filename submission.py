@@ -148,7 +148,7 @@ def prepare_for_eval(
 ) -> spec.UpdateReturn:
     """Gather the state of all ranks on rank 0 if a checkpoint follows. The weights do not change."""
     if saves_checkpoints():
-        optimizer_state["optimizer"].consolidate()
+        optimizer_state["optimizer"].consolidate_state_dict()
     return optimizer_state, current_param_container, model_state
 
 

@@ -37,24 +37,24 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
     """Return the table row for parameters of these shapes."""
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     group: Any = AdamWShampoo(params, **OPTIONS).param_groups[0]
-    buckets, carried = make_buckets(group, 0, [Cost(0.0, 0)] * ranks)
-    blocks = [
-        (tuple(block), block_flops(group, bucket.factored)(tuple(block)))
-        for bucket in buckets
-        for layout in bucket.layouts
+    blocks = [  # rank, shape, floating-point operations
+        (rank, tuple(block), block_flops(group, bucket.factored)(tuple(block)))
+        for bucket in make_buckets([group], 0, ranks)
+        for rank, layout in enumerate(bucket.layouts)
         for number, *block in layout.stacks
         for _ in range(number)
     ]
-    in_bytes = [Cost(-(-4 * prod(block) // 64) * 64, prod(block)) for block, _ in blocks]
+    in_bytes = [Cost(-(-4 * prod(block) // 64) * 64, prod(block)) for _, block, _ in blocks]
     bytes_owners, _ = greedy(in_bytes, [Cost(0.0, 0)] * ranks, most=0.0)
-    by_bytes = [sum(flops for (_, flops), owner in zip(blocks, bytes_owners, strict=True) if owner == r) for r in range(ranks)]
-    mean = sum(rank.flops for rank in carried) / ranks
-    sent = max(rank.numel for rank in carried) + len(shapes)
+    by_bytes = [sum(flops for (*_, flops), owner in zip(blocks, bytes_owners, strict=True) if owner == r) for r in range(ranks)]
+    by_cost = [sum(flops for owner, _, flops in blocks if owner == r) for r in range(ranks)]
+    mean = sum(by_cost) / ranks
+    sent = max(sum(prod(block) for owner, block, _ in blocks if owner == r) for r in range(ranks)) + len(shapes)
     return {
         "blocks": len(blocks),
-        "max/mean cost": max(rank.flops for rank in carried) / mean,
+        "max/mean cost": max(by_cost) / mean,
         "by bytes": max(by_bytes) / mean,
-        "lower bound": max(1.0, max(flops for _, flops in blocks) / mean),
+        "lower bound": max(1.0, max(flops for *_, flops in blocks) / mean),
         "exchanged bytes per parameter": 4 * ranks * sent / sum(map(prod, shapes)),
     }
 

@@ -1,4 +1,4 @@
-"""Time `consolidate()`: `python -m experiments.consolidate --workload=ogbg --ranks=2`.
+"""Time `consolidate_state_dict()`: `python -m experiments.consolidate --workload=ogbg --ranks=2`.
 
 Local processes connected by gloo hold the optimizer state of an AlgoPerf model and gather it on rank 0, as `prepare_for_eval`
 does before a checkpoint. Print the median over several runs and, for comparison, the time to copy the same number of bytes.
@@ -32,7 +32,7 @@ def measure(rank: int, ranks: int, shapes: list[tuple[int, ...]], repeats: int, 
     for _ in range(repeats):
         dist.barrier()
         start = time.perf_counter()
-        optimizer.consolidate()
+        optimizer.consolidate_state_dict()
         seconds.append(time.perf_counter() - start)
     if rank == 0:
         gathered = [x for state in optimizer.state_dict()["state"].values() for x in state.values()]

@@ -47,6 +47,7 @@ class Layout(NamedTuple):
     views: list[View]  # of each grid, in the order of the flat vector
     lengths: list[int]  # elements of each grid, in the same order
     numel: int  # elements of the flat vector
+    params: list[list[int]]  # for each stack and row, the parameter that the block belongs to
 
 
 def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
@@ -104,8 +105,9 @@ def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
         rows[grid.block] = row + grid.size
     views = [view(grid, shapes[grid.param]) for of_stack in stacks.values() for grid in of_stack]
     lengths = [prod(each.shape) for each in views]
+    params = [[grid.param for grid in of_stack for _ in range(grid.size)] for of_stack in stacks.values()]
     shapes_of_stacks = tuple((rows[block], *block) for block in stacks)
-    return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths))
+    return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths), params)
 
 
 def view(grid: Grid, shape: tuple[int, ...]) -> View:
@@ -114,8 +116,3 @@ def view(grid: Grid, shape: tuple[int, ...]) -> View:
     between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # from block to block
     offset = sum(first * step for first, step in zip(grid.start, stride, strict=True))
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
-
-
-def parameter_of(layout: Layout, stack: int, row: int) -> int:
-    """Return the index of the parameter that a block of a stack belongs to."""
-    return next(grid.param for grid in reversed(layout.grids[stack]) if grid.row <= row)

@@ -1,12 +1,15 @@
-"""State of buckets <-> state per parameter, as `state_dict()` holds it.
+"""State of buckets <-> state per parameter, as `state_dict()` holds it and `optimizer.state` shows it.
 
-For each parameter: `exp_avg`, `exp_avg_sq`, `momentum_buffer`, where used, in its shape, and for each of its grids n and
-dimensions d `factors.n.d`, `inv_roots.n.d`, and with solver "qr" `eigvecs.n.d`, (blocks of the grid, size, size). Nothing
-depends on how blocks are stacked, or on which rank owns them.
+Each parameter has `step`, the number of its gradients; the moments in use (`exp_avg`, `exp_avg_sq`, `momentum_buffer`) in its
+shape; and for grid n and dimension d `factors.n.d`, `inv_roots.n.d`, and with solver "qr" `eigvecs.n.d`, all (blocks, size,
+size). Keys do not depend on how blocks are stacked or which rank owns them. Other keys are foreign, and are kept.
+
+Version 1 had no `step` of parameters: they counted the steps of their group.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import Any, cast
 
@@ -14,11 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .assignment import Cost
 from .copies import assemble, copy, flat_views, grid_views
-from .options import Group, check_options, check_value, integer, parameter_names
+from .options import OPTIONS, Group, check_group, check_value, integer, one_of, parameter_names, plain
+from .preconditioner import PRECONDITIONERS
 from .ranks import Ranks
 from .state import Bucket, allocate, make_buckets, moments, tensors
+
+VERSION = 2
+ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that state_dicts of version 1 may lack
+MAY_START_LATE = ("momentum_buffer", "eigvecs")  # when an option changes
+
+Entry = dict[str, Any]  # the state of a parameter
 
 
 def blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
@@ -30,16 +39,22 @@ def blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
                 yield grid.param, f"{name}.{grid.number}.{d}", rows, X[grid.row : grid.row + grid.size]
 
 
+def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Bucket]:
+    """Return a bucket like this one for each rank, all zeros."""
+    return [
+        allocate(bucket.group, bucket.params, device, bucket.dtype, bucket.factored, bucket.layouts, r)
+        for r in range(ranks.size)
+    ]
+
+
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
     """Return for each bucket those of all ranks, on the CPU of rank `to`, or of all if None; elsewhere []. A collective."""
     receives = to in (None, ranks.rank)
-    device = torch.device("cpu" if receives else "meta")
     collected = []
     for own in buckets:
-        shards = [
-            allocate(own.group, own.params, device, own.dtype, own.factored, own.layouts, rank) for rank in range(ranks.size)
-        ]
+        shards = zero_shards(own, torch.device("cpu" if receives else "meta"), ranks)
         for owner, shard in enumerate(shards):
+            shard.steps = list(own.steps)
             sources = tensors(own) if owner == ranks.rank else [None] * len(tensors(shard))
             for source, X in zip(sources, tensors(shard), strict=True):
                 send(source, X, owner, own.device, ranks, to)
@@ -63,89 +78,173 @@ def send(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks,
         X.copy_(buffer)
 
 
-def pack(buckets: Sequence[Sequence[Bucket]], params: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Return the state of each parameter under its index in `params`, given all ranks' buckets for each bucket.
+def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state of each parameter, given all ranks' buckets for each bucket.
 
-    Moments are copies; matrices are views of the live state where one rank owns a whole grid.
+    Views of the live state where it lies in one piece, otherwise copies.
     """
-    index = {p: i for i, p in enumerate(params)}
-    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(params))}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for shards in buckets:
-        of_params = [state[index[p]] for p in shards[0].params]
+        params, layouts = shards[0].params, shards[0].layouts[: len(shards)]
+        for p, steps in zip(params, shards[0].steps, strict=True):
+            state[p] = {"step": torch.tensor(float(steps))}
         for named in zip(*map(moments, shards), strict=True):
-            full = assemble(shards[0].layouts[: len(shards)], [flat for _, flat in named])
-            for of_param, p, X in zip(of_params, shards[0].params, full, strict=True):
-                of_param[named[0][0]] = X.view(p.shape)
+            for p, X in zip(params, assemble(layouts, [flat for _, flat in named]), strict=True):
+                state[p][named[0][0]] = X.view(p.shape)
         parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
         for i, key, rows, X in chain(*map(blocks, shards)):
             parts.setdefault((i, key), []).append((rows.start, X))
         for (i, key), found in parts.items():
             in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
-            of_params[i][key] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
+            state[params[i]][key] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
     return state
 
 
-def unpack(buckets: Sequence[Bucket], saved: dict[Tensor, dict[str, Tensor]], names: dict[Tensor, str]) -> None:
-    """Copy the saved state of each parameter into the buckets, keeping their dtypes.
+def pack_state_dict(
+    groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, Entry], state: Mapping[Any, Entry]
+) -> dict[str, Any]:
+    """Return a state_dict of groups, each parameter's state, and foreign keys in `state`; parameters become their index."""
+    index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
+    packed = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
+    others = {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
+    return {
+        "state": {**packed, **others},
+        "param_groups": [
+            {name: plain(x) for name, x in group.items() if name != "params"} | {"params": [index[p] for p in group["params"]]}
+            for group in groups
+        ],
+        "version": VERSION,
+    }
 
-    Raises ValueError, naming the parameter, if something is missing or has another shape.
+
+def unpack(
+    buckets: Sequence[Bucket], saved: Mapping[Tensor, Entry], names: dict[Tensor, str], late: Sequence[str] = ()
+) -> None:
+    """Copy the state of each parameter into new buckets, keeping their dtypes; a parameter with an empty entry starts at zero.
+
+    Raises ValueError, naming the parameter, if something is missing, has another shape, or cannot be. `late`: names of what may
+    be missing and then starts at zero.
     """
 
     def find(p: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
         """Return a parameter's saved tensor, checked."""
-        X = saved[p].get(key)
-        if not isinstance(X, Tensor) or X.shape != shape or not X.is_floating_point():
-            found = f"{X.dtype} of shape {tuple(X.shape)}" if isinstance(X, Tensor) else "nothing" if X is None else repr(X)
-            raise ValueError(f"the state of {names[p]} holds {found} for {key}; it must be real and have shape {shape}")
+        X = lookup(saved[p], key)
+        if X is None and key.split(".")[0] in late:
+            return torch.zeros(shape)
+        words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
+        if X is None:
+            raise ValueError(f"{words}a tensor; it is another optimizer's, or of other options: it holds {', '.join(saved[p])}")
+        if not isinstance(X, Tensor) or X.shape != shape or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
+            raise ValueError(f"{words}dense and real and have shape {shape}")
+        if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
+            raise ValueError(f"{words}finite{' and not negative' if key == 'exp_avg_sq' else ''}")
         return X
 
     for bucket in buckets:
+        kept = [bool(saved.get(p)) for p in bucket.params]
+        for i, p in enumerate(bucket.params):
+            if kept[i]:
+                bucket.steps[i] = read_steps(saved[p].get("step"), names[p])
         for name, flat in moments(bucket):
-            found = [find(p, name, tuple(p.shape)) for p in bucket.params]
-            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, [X.contiguous() for X in found]))
+            found = [find(p, name, tuple(p.shape)).contiguous() if kept[i] else None for i, p in enumerate(bucket.params)]
+            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, found))
         count: Counter[tuple[int, str]] = Counter()  # of the blocks of each grid, over all ranks
-        for grid in (grid for layout in bucket.layouts for grids in layout.grids for grid in grids):
+        for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
             count[grid.param, str(grid.number)] += grid.size
         for i, key, rows, X in blocks(bucket):
-            X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]))[rows])
+            if kept[i]:
+                X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]))[rows])
+        for preconditioner in bucket.preconditioners if any(kept) else ():
+            preconditioner.find_rootless()
+
+
+def lookup(entry: Any, key: str) -> Any:
+    """Return an entry's value for a key, or None; torch.distributed.checkpoint nests dictionaries where keys have dots."""
+    if key in entry:
+        return entry[key]
+    for part in key.split("."):
+        entry = entry.get(part) if isinstance(entry, dict) else None
+    return entry
+
+
+def describe_tensor(X: Any) -> str:
+    """Return the words for what an entry holds."""
+    if not isinstance(X, Tensor):
+        return "nothing" if X is None else repr(X)
+    kind = "" if X.layout == torch.strided and not X.is_meta else f"{X.layout} on {X.device} of "
+    return f"{kind}{X.dtype} of shape {tuple(X.shape)}"
+
+
+def read_steps(step: Any, name: str) -> int:
+    """Return a parameter's number of steps. Raises ValueError unless it is a whole number, plain or in a tensor."""
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**53 or number != int(number):
+        raise ValueError(f"the state of {name} holds {describe_tensor(step)} for step; it must be an integer >= 0")
+    return int(number)
+
+
+def is_own(bucket: Bucket, key: Any) -> bool:
+    """Return whether a key of an entry is the optimizer's; others are foreign."""
+    names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
+    return str(key).split(".")[0] in names
 
 
 def read(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
-) -> tuple[list[Group], list[list[Bucket]], list[Cost]]:
-    """Return the groups of a state_dict, a rank's buckets of each with its state, and what each rank carries.
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
+) -> tuple[list[Group], list[Bucket], dict[Any, Entry]]:
+    """Return the groups of a state_dict, a rank's buckets with its state, and foreign state by parameter or other key.
 
     Raises ValueError for a state_dict that does not fit.
     """
-    found, saved = match_groups(state_dict, groups)
-    for group in found:
-        check_options(group)
-        check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
-    carried, buckets = [Cost(0.0, 0)] * ranks.size, []
-    for group in found:
-        of_group, carried = make_buckets(group, ranks.rank, carried)
-        unpack(of_group, saved, parameter_names(found))
-        buckets.append(of_group)
-    return found, buckets, carried
+    found, state = match_groups(state_dict, groups)
+    names, buckets = parameter_names(found), make_buckets(found, ranks.rank, ranks.size)
+    members = [(bucket, p) for bucket in buckets for p in bucket.params]
+    for bucket, p in members:
+        if not state.get(p) and p.requires_grad:  # torch.distributed.checkpoint leaves out the state of frozen parameters
+            raise ValueError(
+                f"the state of {names[p]} is missing: the state_dict has no step, {', '.join(dict(moments(bucket)))}"
+            )
+    unpack(buckets, state, names)
+    for bucket, p in members:
+        foreign = {key: x for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
+        state[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in foreign.items()}
+    return found, buckets, state
 
 
-def match_groups(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]
-) -> tuple[list[Group], dict[Tensor, dict[str, Tensor]]]:
-    """Return the groups with the options of a state_dict, and its state for each of their parameters.
+def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, Entry]]:
+    """Return the groups with the options of a state_dict, and its state by parameter, or other keys as they are.
 
-    Raises ValueError if the state_dict has other groups, or none.
+    Raises ValueError for another version, for other groups or none, and for options that are missing or out of range.
     """
     try:
-        saved, state = state_dict["param_groups"], state_dict["state"]
-        options = [{name: x for name, x in group.items() if name not in ("params", "param_names")} for group in saved]
+        saved, entries = list(state_dict["param_groups"]), {key: dict(entry) for key, entry in state_dict["state"].items()}
         keys = [list(group["params"]) for group in saved]
-        states = [dict(state.get(key, {})) for key in chain(*keys)]
+        options = [
+            {name: plain(deepcopy(x)) for name, x in group.items() if name not in ("params", "param_names")} for group in saved
+        ]
+        entries.update({key: entries.get(key, {}) for key in chain(*keys)})
+        version = state_dict.get("version", VERSION if any("step" in entry for entry in entries.values()) else 1)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"this is no state_dict of an optimizer: {error!r} when looking for param_groups and state") from error
+    check_value("the state_dict's version", version, one_of(*range(1, VERSION + 1)))
     sizes, expected = [len(of_group) for of_group in keys], [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
-    params = [p for group in groups for p in group["params"]]
-    merged = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
-    return merged, dict(zip(params, states, strict=True))
+    for k, of_group in enumerate(options):
+        missing = {*OPTIONS, "step"} - ADDED - of_group.keys()
+        if missing:
+            raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
+    kept = ("params", "param_names")
+    found = [
+        cast(Group, {**group, **other, **{name: group[name] for name in kept if name in group}})
+        for group, other in zip(groups, options, strict=True)
+    ]
+    for group in found:
+        check_group(group)
+        check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
+    params = dict(zip(chain(*keys), chain(*(group["params"] for group in found)), strict=True))
+    state = {params.get(key, key): entry for key, entry in entries.items()}
+    for group in found if version == 1 else ():
+        for p in group["params"]:
+            state[p] = {"step": group["step"], **state[p]} if state.get(p) else {}
+    return found, state

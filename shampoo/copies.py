@@ -67,12 +67,28 @@ def load(
     return flat, views
 
 
+def spread(layout: Layout, values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new flat vector that has a parameter's value at each of its elements."""
+    flat = torch.empty(layout.numel, dtype=dtype, device=device)
+    for part, view in zip(torch.split_with_sizes(flat, layout.lengths), layout.views, strict=True):
+        part.fill_(values[view.param])
+    return flat
+
+
 def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]:
-    """Return a new tensor of its merged shape for each parameter, given all ranks' flat vectors: the inverse of `load`."""
-    found = [flats[0].new_empty(shape) for shape in layouts[0].shapes]
+    """Return a tensor of its merged shape for each parameter, given all ranks' flat vectors: the inverse of `load`.
+
+    A view where a parameter lies in one piece; otherwise a copy.
+    """
+    found: list[Tensor | None] = [None] * len(layouts[0].shapes)
+    if len(layouts) == 1:
+        for part, grid in zip(torch.split_with_sizes(flats[0], layouts[0].lengths), chain(*layouts[0].grids), strict=True):
+            shape = layouts[0].shapes[grid.param]
+            found[grid.param] = part.view(shape) if grid.size == grid.counts[0] and part.numel() == prod(shape) else None
+    copies = [flats[0].new_empty(shape) if X is None else None for X, shape in zip(found, layouts[0].shapes, strict=True)]
     for layout, flat in zip(layouts, flats, strict=True):
-        copy(grid_views(layout, found), flat_views(layout, flat, found))
-    return found
+        copy(grid_views(layout, copies), flat_views(layout, flat, copies))
+    return [X if copied is None else copied for X, copied in zip(found, copies, strict=True)]  # type: ignore[misc]
 
 
 @cache
@@ -95,7 +111,6 @@ class Inputs(NamedTuple):
 
     grads: list[Tensor | None]  # full
     views: list[list[Tensor]]  # of each rank's grids within the weights, where decay reads them or they are updated in place
-    num_grads: int
     in_place: bool  # whether the views are of the parameters themselves
 
 
@@ -107,22 +122,20 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
     """
     grads: list[Tensor | None] = []
     weights: list[Tensor | None] = []
-    num_grads, in_place = 0, True
+    in_place, failure = True, None
     for p in params:
         G, W, plain = p.grad, p, p.is_contiguous()
         if hasattr(p, "full_tensor"):
-            G, W, plain = full_gradient(p), full_tensor(p) if decay else p, False
+            try:
+                G, W, plain = full_gradient(p), full_tensor(p) if decay else p, False
+            except Exception as error:
+                failure = error  # raised below: other ranks wait for the collectives that follow
         grads.append(G)
         weights.append(W.contiguous() if G is not None and (plain or decay) else None)
-        num_grads, in_place = num_grads + (G is not None), in_place and (plain or G is None)
-    return Inputs(grads, [grid_views(layout, weights) for layout in layouts], num_grads, in_place)
-
-
-def presence(layout: Layout, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Return a flat vector, 1 where a block has a gradient and 0 where it has none; None if all have one."""
-    if inputs.num_grads == len(inputs.grads):
-        return None
-    return load(layout, [None if G is None else torch.ones_like(G) for G in inputs.grads], dtype, device)[0]
+        in_place = in_place and (plain or G is None)
+    if failure is not None:
+        raise failure
+    return Inputs(grads, [grid_views(layout, weights) for layout in layouts], in_place)
 
 
 def move(
@@ -167,3 +180,16 @@ def add_full(x: Tensor, update: Tensor) -> None:
     mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
     replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
     x.to_local().add_(replicated.redistribute(mesh, placements).to_local())  # type: ignore[attr-defined]
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether x is a DTensor."""
+    return hasattr(x, "full_tensor")
+
+
+def checksum(x: Tensor) -> int:
+    """Return an integer that depends on every bit of x and on its place."""
+    bits = x.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    rows = bits.reshape(x.shape[0] if x.dim() else 1, -1)
+    sums = [rows.sum(dim=d, dtype=torch.int64) for d in (0, 1)]
+    return sum(int((S * torch.arange(1, 1 + len(S), device=S.device)).sum()) for S in sums) if x.numel() else 0

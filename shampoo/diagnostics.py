@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import parameter_of
 from .copies import full_gradient, full_tensor
 from .optimizer import AdamWShampoo
 from .options import parameter_name
 from .state import Bucket
-from .step import factor_correction
+from .update import bias_correction, factor_steps
 
 Figures = dict[str, float]
 
@@ -62,7 +61,8 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
             if i in owned:
                 figures[p] = gradient_figures(G, shape) | weight_figures(W, W_before) | of_factors.get(i, {})
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]
-    counts = {"steps": steps, "steps_skipped": skipped, "roots_rescued": optimizer.events.total() - skipped}
+    rescued = sum(number for what, number in optimizer.events.items() if what.startswith("roots"))
+    counts = {"steps": steps, "steps_skipped": skipped, "roots_rescued": rescued}
     return {"optimizer": counts} | {name: figures[p] for name, p in zip(names(optimizer), params, strict=True) if p in figures}
 
 
@@ -113,15 +113,18 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
     if group["step"] == 0:
         return {}
     found = defaultdict(list)
-    c, eps, relative = factor_correction(group, group["step"]), group["eps"], group["relative_eps"]
+    eps, relative, every = group["eps"], group["relative_eps"], group["factor_frequency"]
+    counted = [factor_steps(max(1, steps), every) for steps in bucket.steps]
+    corrections = [bias_correction(group["betas"][1], t) if group["bias_correction"] else 1.0 for t in counted]
     for i, preconditioner in enumerate(bucket.preconditioners):
         state = {(name, d): X.double() for name, d, X in preconditioner.tensors()}
         for (name, d), factors in state.items():
             for block, A in enumerate(factors) if name == "factors" else ():
                 X, Q = state["inv_roots", d][block], state["eigvecs", d][block] if ("eigvecs", d) in state else None
-                of_block = spectrum(A / c, X, preconditioner.exponents[d], eps, relative)
+                param = bucket.layout.params[i][block]
+                of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
                 fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
-                found[parameter_of(bucket.layout, i, block)].append((*of_block, fits))
+                found[param].append((*of_block, fits))
     columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
     return {
         param: {

@@ -1,7 +1,8 @@
 """Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
 
 A step function (N, V, bc2, eps) -> step takes the averaged gradient N, the second moment V, and bc2 = 1 - beta2^t. It works
-elementwise on any shape and dtype and leaves N and V unchanged; the step may be N itself.
+elementwise on any shape and dtype and leaves N and V unchanged; the step may be N itself. An eps of 0 is taken as the smallest
+normal number, so that 0 / 0 is 0. bc2 may be a tensor that broadcasts.
 """
 
 from collections.abc import Callable
@@ -27,13 +28,13 @@ def sgd(N: Tensor, V: Tensor | None, bc2: float, eps: float) -> Tensor:
 
 def rmsprop(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
     """Return N / (sqrt(V) + eps), where V is an average (RMSprop) or a sum (AdaGrad) of squared gradients."""
-    D = V.sqrt().add_(eps)
+    D = V.sqrt().add_(max(eps, torch.finfo(V.dtype).tiny))
     return torch.div(N, D, out=D)
 
 
 def adam(N: Tensor, V: Tensor, bc2: float, eps: float) -> Tensor:
     """Return N / (sqrt(V / bc2) + eps)."""
-    D = V.div(bc2).sqrt_().add_(eps)
+    D = V.div(bc2).sqrt_().add_(max(eps, torch.finfo(V.dtype).tiny))
     return torch.div(N, D, out=D)
 
 

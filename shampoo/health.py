@@ -49,14 +49,14 @@ class Health:
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
-        self._norms: list[tuple[list[Tensor], Later]] = []  # of the newest step: parameters, and norms of their gradients
+        self.norms: list[tuple[list[Tensor], Later]] = []  # of a step not counted yet: parameters, and norms of their gradients
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
         """Return a bool tensor, whether a step's gradients are finite; None if the host can `count` without waiting for it.
 
         Raises RuntimeError for a sparse or complex gradient.
         """
-        self._norms, norms = [], []
+        self.norms, norms = [], []
         for bucket, of_bucket in zip(buckets, inputs, strict=True):
             params, grads = [], []
             for p, G in zip(bucket.params, of_bucket.grads, strict=True):
@@ -70,7 +70,7 @@ class Health:
                         )
             if grads:
                 norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))
-                self._norms.append((params, Later(norms[-1])))
+                self.norms.append((params, Later(norms[-1])))
         if not any(map(waits, norms)):
             return None
         return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
@@ -81,9 +81,9 @@ class Health:
         A step is skipped if the Frobenius norm of a gradient is not finite: an element is not, or the sum of squares overflows.
         Raises FloatingPointError on the `limit`-th consecutive non-finite step.
         """
-        if not self._norms:
+        if not self.norms:
             return False
-        newest, self._norms = self._norms, []
+        newest, self.norms = self.norms, []
         bad = [p for params, norms in newest for p, norm in zip(params, norms.read(), strict=True) if not isfinite(norm)]
         if not bad:
             self.consecutive = 0
@@ -99,14 +99,17 @@ class Health:
             )
         return True
 
+    def __getstate__(self) -> dict[str, Any]:  # norms may be on their way to the host
+        return {**vars(self), "norms": []}
+
     def forget(self) -> None:
         """Forget the newest steps, after loading a state; the counts of events stay."""
-        self._norms, self.consecutive = [], 0
+        self.norms, self.consecutive = [], 0
 
     def report(self, bucket: Bucket, names: Names) -> None:
-        """Count a bucket's roots that could not be computed as usual, and name the first parameter of each kind."""
-        for (i, cause), count in bucket.rescued.items():
+        """Count a bucket's roots and directions that were not computed as usual, and name the first parameter of each kind."""
+        for (i, cause), count in bucket.unusual.items():
             if cause not in self.events:
-                logger.warning("%s, of a block of %s: float32 was not enough for its factor", cause, names()[bucket.params[i]])
+                logger.warning("%s, of a block of %s: float32 was not enough", cause, names()[bucket.params[i]])
             self.events[cause] += count
-        bucket.rescued.clear()
+        bucket.unusual.clear()

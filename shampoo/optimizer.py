@@ -2,27 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from . import checkpoint, options
-from .assignment import Cost
+from . import options
+from .bucketed import BucketedOptimizer
 from .copies import Inputs, flat_views, move, read
-from .health import Health
-from .ranks import Exchange, agree, attempt, find_ranks, make_exchanges
+from .ranks import attempt, exchange_all
 from .roots import QR_TOLERANCE
-from .state import Bucket, make_buckets
+from .state import signature
 from .step import compute_directions
 
-# What pickles and copies keep.
-KEPT = ("_made", "_buckets", "_ranks", "_exchange_dtype", "_carried", "_exchanges", "_consolidated", "_health")
 
-
-class AdamWShampoo(Optimizer):
+class AdamWShampoo(BucketedOptimizer):
     """Shampoo with AdamW's conventions: averaged gradients and factors, decoupled decay, blocking, grafting.
 
     For a matrix W with gradient G, averages L of G G^T, R of G^T G, and M of G, it moves W along L^(-1/4) M R^(-1/4) (`update`
@@ -84,7 +78,7 @@ class AdamWShampoo(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -93,6 +87,7 @@ class AdamWShampoo(Optimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         nadam: bool = False,
+        maximize: bool = False,
         bias_correction: bool = True,
         block_size: int = 1024,
         merge_dims: bool = True,
@@ -118,81 +113,31 @@ class AdamWShampoo(Optimizer):
         process_group: Any = None,
     ):
         defaults = {name: options.plain(value) for name, value in locals().items() if name in options.OPTIONS}
-        self._buckets: list[Bucket] = []  # of all groups in turn
-        self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
-        self._carried = [Cost(0.0, 0)] * self._ranks.size  # by the blocks that each rank owns
-        self._exchanges: list[Exchange] | None = None  # on multiple ranks; made at the first step
-        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # the state of all ranks, until the next step
-        self._health = Health(max_skipped_steps)
-        self._made = False
-        _, error = attempt(self._make, params, defaults)
-        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
-        agree(self._ranks, own + options.describe(vars(self).get("param_groups", [])), error)
-        self._show_state()
-        self._made = True
+        super().__init__(params, defaults, exchange_dtype, max_skipped_steps, process_group)
 
     @property
     def events(self) -> Counter[str]:
-        """How many steps were skipped, and how many roots were not computed as usual."""
+        """Counts of skipped steps, and of roots and directions that could not be computed as usual."""
         return self._health.events
-
-    def _make(self, params: Any, defaults: dict[str, Any]) -> None:
-        options.check_value("exchange_dtype", self._exchange_dtype, options.EXCHANGE_DTYPE)
-        options.check_value("max_skipped_steps", self._health.limit, options.MAX_SKIPPED_STEPS)
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not name are the optimizer's. Raises ValueError as the constructor does.
-
-        On multiple ranks, call it on all, with the same group.
-        """
-        if not self._made:  # the constructor's ranks agree on all groups at once
-            self._add(param_group)
-            return
-        groups, buckets, carried = len(self.param_groups), len(self._buckets), self._carried
-        _, error = attempt(self._add, param_group)
-        try:
-            agree(self._ranks, options.describe(self.param_groups), error)
-        except Exception:  # this rank's or another's: no rank keeps the group
-            del self.param_groups[groups:], self._buckets[buckets:]
-            self._carried = carried
-            raise
-        self._show_state()
-
-    def _add(self, param_group: dict[str, Any]) -> None:
-        options.check_names(param_group)
-        param_group = {name: options.plain(value) for name, value in param_group.items()}
-        options.check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        group: Any = self.param_groups[-1]
-        group.setdefault("step", 0)
-        if group["start_preconditioning_step"] is None:  # set here, so that a later change of the frequency does not move it
-            group["start_preconditioning_step"] = group["precondition_frequency"]
-        options.check_parameters(group)
-        buckets, self._carried = make_buckets(group, self._ranks.rank, self._carried)
-        self._buckets += buckets
-        self._exchanges = None
-
-    def _show_state(self) -> None:
-        """Give each parameter an entry in `state`: torch's checkpoints would take a step first if it were empty."""
-        for p in self._params():
-            self.state[p] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; return the closure's loss, if there is a closure."""
-        self._check_exchanges()
-        self._health.count(self._names)
-        self._consolidated = None
-
         # 1. Loss and gradients
         loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
-        inputs = [read(bucket.params, bucket.layouts, bucket.group["weight_decay"]) for bucket in self._buckets]
+        if self._exchanges or self._shown or self._health.norms or signature(self.param_groups) != self._signature:  # type: ignore[arg-type]
+            self._start_step()
+        inputs: list[Inputs] = []
+        for bucket in self._buckets:
+            try:
+                inputs.append(read(bucket.params, bucket.layouts, bucket.group["weight_decay"]))
+            except Exception as failure:
+                error = failure
 
-        # 2. Directions of this rank's blocks. A rank that fails still takes part in the exchange: no other waits for it.
+        # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that no other waits for it.
         directions: list[Tensor] = []
-        views: list[list[list[Tensor]]] = []  # of each bucket's directions, for each rank
+        views: list[list[list[Tensor]]] = []  # [bucket][rank][grid]
         skip = error is not None
         try:
             if not skip:
@@ -209,95 +154,39 @@ class AdamWShampoo(Optimizer):
             error, skip = failure, True
 
         # 3. Directions of all ranks
-        if self._ranks.size > 1:
-            if skip:
-                directions = [bucket.zeros() for bucket in self._buckets]
-            views = self._exchange(directions, inputs, [skip, error is not None])
+        if self._exchanges:
+            views = self._exchange(directions, inputs, skip, failed=error is not None)
         if error is not None:
             raise error  # the other ranks raise at their next step
 
         # 4. Weights
-        for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, views, strict=True) if not skip else ():
-            if bucket.rescued:
-                self._health.report(bucket, self._names)
-            move(bucket.params, bucket.layouts, of_bucket, of_ranks, bucket.group["lr"])
+        try:
+            for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, views, strict=True) if not skip else ():
+                if bucket.unusual:
+                    self._health.report(bucket, self._names)
+                move(bucket.params, bucket.layouts, of_bucket, of_ranks, float(bucket.group["lr"]))
+        except Exception:
+            self._join_next_exchange(inputs)
+            raise
+        if self._shown:
+            self._shown.refresh()
         return loss
 
-    def _exchange(self, directions: list[Tensor], inputs: list[Inputs], flags: list[bool]) -> list[list[list[Tensor]]]:
-        """Return the `flat_views` of all ranks' directions for each bucket, given this rank's; flags: it skips, it failed."""
-        if self._exchanges is None:
-            self._exchanges = make_exchanges(self._buckets, self._names(), self._ranks, self._exchange_dtype)
-        found = {i: of_ranks for exchange in self._exchanges for i, of_ranks in exchange.run(directions, flags)}
+    def _exchange(self, directions: list[Tensor], inputs: list[Inputs], skip: bool, failed: bool) -> list[list[list[Tensor]]]:
+        """Return the `flat_views` of all ranks' directions [bucket][rank][grid], given this rank's; [] if it skips the step."""
+        if skip:
+            directions = [bucket.zeros() for bucket in self._buckets]
+        found = exchange_all(self._exchanges, directions, [skip, failed])
+        if skip:
+            return []
         return [
-            [flat_views(layout, P, inputs[i].grads) for layout, P in zip(bucket.layouts, found[i], strict=True)]
-            for i, bucket in enumerate(self._buckets)
+            [flat_views(layout, P, of_bucket.grads) for layout, P in zip(bucket.layouts, of_ranks, strict=True)]
+            for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, found, strict=True)
         ]
 
-    def _check_exchanges(self) -> None:
-        for exchange in self._exchanges or ():
-            exchange.check()
-
-    def _names(self) -> dict[Tensor, str]:
-        """Return what errors call the parameters."""
-        return options.parameter_names(self.param_groups)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return options and state per parameter, as in torch's optimizers; `checkpoint` lists the keys. deepcopy to keep it.
-
-        On multiple ranks, the state is what `consolidate()` gathered, on the CPU. Raises RuntimeError on a rank without it.
-        """
-        if self._ranks.size == 1:
-            state = checkpoint.pack([[bucket] for bucket in self._buckets], self._params())
-        elif self._consolidated is None:
-            raise RuntimeError(
-                f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call consolidate() on "
-                "all ranks after the last step, then state_dict() on the rank that it gathers to; for "
-                "torch.distributed.checkpoint call consolidate(to=None) on all ranks, before loading too"
-            )
-        else:
-            state = dict(self._consolidated)  # torch's checkpoints rename the keys of what they get
-        found = super().state_dict()
-        groups = [{name: options.plain(value) for name, value in group.items()} for group in found["param_groups"]]
-        return {**found, "state": state, "param_groups": groups}
-
-    @torch.no_grad()
-    def consolidate(self, to: int | None = 0) -> None:
-        """Gather the state of all ranks for `state_dict()`, to the CPU of one rank of the process group, or of all if None.
-
-        A collective: all ranks must call it. The result is kept until the next step. On one rank it does nothing. Raises
-        ValueError for another `to`, or if ranks differ in it, in options, or in steps; RuntimeError as `step` does.
-        """
-        self._check_exchanges()
-        _, error = attempt(options.check_value, "to", to, options.one_of(None, *range(self._ranks.size)))
-        agree(self._ranks, [f"to {to}", *options.describe(self.param_groups)], error)
-        if self._ranks.size > 1:
-            shards = checkpoint.collect(self._buckets, self._ranks, to)
-            self._consolidated = checkpoint.pack(shards, self._params()) if shards else None
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a `state_dict()` in, options included, as torch does. Raises ValueError and then leaves the optimizer unchanged.
-
-        A collective: all ranks must call it, with the same state_dict.
-        """
-        found, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
-        agree(self._ranks, options.describe(found[0]) if found else [], error)
-        groups, buckets, carried = found
-        index = count()
-        numbered = [{**group, "params": [next(index) for _ in group["params"]]} for group in groups]
-        super().load_state_dict({"state": {}, "param_groups": numbered})
-        for group, of_group in zip(self.param_groups, buckets, strict=True):
-            for bucket in of_group:
-                bucket.group = group  # torch makes new ones
-        self._buckets, self._carried = [bucket for of_group in buckets for bucket in of_group], carried
-        self._consolidated, self._exchanges = None, None
-        self._health.forget()
-        self._show_state()
-
-    def __getstate__(self) -> dict[str, Any]:  # torch keeps only groups and state, for pickle and deepcopy
-        if self._ranks.size > 1:
-            raise RuntimeError("an optimizer on multiple ranks cannot be pickled or copied: use consolidate() and state_dict()")
-        return {**super().__getstate__(), **{name: value for name, value in vars(self).items() if name in KEPT}}
+    def _join_next_exchange(self, inputs: list[Inputs]) -> None:
+        """After a failure behind the exchange: join the other ranks' next step as one that failed, so that they hear of it."""
+        if self._exchanges:
+            for bucket in self._buckets:
+                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+            attempt(self._exchange, [], inputs, True, True)

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from .blocks import merged_shape
 from .grafting import GRAFTING
-from .preconditioner import PRECONDITIONERS
+from .preconditioner import PRECONDITIONERS, block_exponents
 from .roots import SOLVERS
-
-LARGEST = 1e38  # what float32 holds, with room to spare
+from .update import LARGEST
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the words for what is
 
@@ -20,7 +21,8 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the 
 class Options(TypedDict):
     """The options of a parameter group; `AdamWShampoo` documents them."""
 
-    lr: float
+    lr: float | Tensor
+    maximize: bool
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -62,7 +64,7 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
     def allowed(x: Any) -> bool:
         """Return whether x is such a number."""
-        number = isinstance(x, Real) and not isinstance(x, bool) and abs(float(x)) <= LARGEST
+        number = isinstance(x, Real) and not isinstance(x, bool) and bool(-LARGEST <= x <= LARGEST)  # type: ignore[operator]
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 
     bounds = [f"{'>' if above else '>='} {low}"] + [f"{'<' if below else '<='} {min(high, LARGEST)}"]
@@ -77,6 +79,11 @@ def integer(low: int) -> Rule:
 def one_of(*values: Any) -> Rule:
     """One of the values, of the same type."""
     return lambda x: any(type(x) is type(v) and x == v for v in values), "one of " + ", ".join(map(repr, values))
+
+
+def scalar(rule: Rule) -> Rule:
+    """A tensor of one element that the rule allows as a number."""
+    return lambda x: isinstance(x, Tensor) and x.numel() == 1 and rule[0](x.item()), f"a tensor of one element, {rule[1]}"
 
 
 def pair(first: Rule, second: Rule) -> Rule:
@@ -97,7 +104,8 @@ BOOL: Rule = one_of(True, False)
 EXPONENT: Rule = real(0)
 
 OPTIONS: dict[str, Rule] = {
-    "lr": real(0),
+    "lr": either(real(0), scalar(real(0))),
+    "maximize": BOOL,
     "betas": pair(real(0, 1, below=True), real(0, 1)),
     "eps": real(0, above=True),
     "weight_decay": real(0),
@@ -126,17 +134,27 @@ OPTIONS: dict[str, Rule] = {
     "precondition_vectors": BOOL,
     "bf16_roots": BOOL,
 }
-STEP = integer(0)
 # Options of the whole optimizer, not of a group.
 EXCHANGE_DTYPE = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SKIPPED_STEPS = integer(1)
-# Keys that a group may have besides: torch's, and what schedulers and other libraries add.
-FOREIGN_KEYS = {"params", "param_names", "step", "initial_lr", "name", "lr_scale"}
+# Options of torch's optimizers that their groups hold: allowed where they are off.
+NOT_NEEDED = {
+    "amsgrad": "it has no counterpart here",
+    "foreach": "steps are batched anyway",
+    "fused": "steps are batched anyway",
+    "capturable": "steps read their counts on the host",
+    "differentiable": "steps change weights in place",
+}
+# What decides which state there is: a change makes it anew, as far as it fits.
+STRUCTURAL = (
+    "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "exponents", "exponent_multiplier",
+    "grafting", "solver", "bf16_roots",
+)  # fmt: skip
 
 
 def plain(x: Any) -> Any:
     """Return a NumPy scalar as Python's, which `weights_only` checkpoints can hold; anything else unchanged."""
-    if isinstance(x, (tuple, list)):
+    if type(x) in (tuple, list):
         return type(x)(map(plain, x))
     if type(x).__module__ != "numpy" or not isinstance(x, Real):
         return x
@@ -150,29 +168,52 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{name} is {value!r}; it must be {words}")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming option, value, and what is allowed, unless every option is present and in range.
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError as `check_group` does."""
+    for group in groups:
+        check_group(group)
 
-    Checks the count of steps too, if there is one.
-    """
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming option, value, and what is allowed, unless a group's options and parameters are all right."""
+    check_names(group)
     for name, rule in OPTIONS.items():
-        if name not in options:
-            raise ValueError(f"option {name} is missing; it must be {rule[1]}")
-        check_value(name, options[name], rule)
-    check_value("step", options.get("step", 0), STEP)
+        check_value(name, group[name], rule)
+    check_value("step", group["step"], integer(0))
+    for i, p in enumerate(group["params"]):
+        check_parameter(p, parameter_name(group, i))
+        if not is_lazy(p):
+            order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
+            SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
 
 
 def check_names(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group has a key that is neither an option nor one of FOREIGN_KEYS."""
-    unknown = set(group) - set(OPTIONS) - FOREIGN_KEYS
-    if unknown:
-        raise ValueError(f"a parameter group has the unknown options {sorted(unknown)}; allowed are {sorted(OPTIONS)}")
+    """Raise ValueError for a key that is one edit away from an option, or an option of torch's that is on and not needed.
+
+    Other keys are foreign: schedulers and libraries put theirs into groups.
+    """
+    for name, value in group.items():
+        near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS else []
+        if near:
+            raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
+        if name in NOT_NEEDED and value:
+            raise ValueError(f"{name} is {value!r}; it must be False or None: {NOT_NEEDED[name]}")
+
+
+def is_one_edit(a: str, b: str) -> bool:
+    """Return whether inserting, deleting, replacing, or swapping one character makes a into b."""
+    shorter, longer = sorted((a, b), key=len)
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(shorter))
+    rest, other = a[same:], b[same:]
+    swapped = rest[:2] == other[:2][::-1] and rest[2:] == other[2:]
+    return len(longer) <= len(shorter) + 1 and (rest[1:] == other[1:] or shorter[same:] == longer[same + 1 :] or swapped)
 
 
 def parameter_name(group: Mapping[str, Any], i: int) -> str:
     """Return what errors call the i-th parameter of a group: its name, or else its index, and its shape."""
-    names = group.get("param_names")
-    return f"parameter {names[i] if names else i} of shape {tuple(group['params'][i].shape)}"
+    names, p = group.get("param_names"), group["params"][i]
+    shape = "unknown shape" if is_lazy(p) else f"shape {tuple(p.shape)}"
+    return f"parameter {names[i] if names and i < len(names) else i} of {shape}"
 
 
 def parameter_names(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
@@ -199,12 +240,11 @@ def overlaps(p: Tensor) -> bool:
     return False
 
 
-def check_parameters(group: Mapping[str, Any]) -> None:
+def check_parameter(p: Tensor, name: str) -> None:
     """Raise ValueError if a parameter is not dense, real, and floating, overlaps itself, or is a flat one of FSDP1."""
-    for i, p in enumerate(group["params"]):
-        if getattr(p, "_is_flat_param", False):
-            raise ValueError(f"{parameter_name(group, i)} is a part of several, as FSDP1 makes them; use FSDP2, fully_shard")
-        if not p.is_floating_point() or p.layout != torch.strided:
-            raise ValueError(f"{parameter_name(group, i)} is {p.layout} of {p.dtype}; it must be dense, real and floating")
-        if p.numel() and overlaps(p):
-            raise ValueError(f"{parameter_name(group, i)} has strides {p.stride()}: elements may share memory; clone() it")
+    if getattr(p, "_is_flat_param", False):
+        raise ValueError(f"{name} is a part of several, as FSDP1 makes them; use FSDP2, fully_shard")
+    if not p.is_floating_point() or p.layout != torch.strided:
+        raise ValueError(f"{name} is {p.layout} of {p.dtype}; it must be dense, real and floating")
+    if not is_lazy(p) and p.numel() and overlaps(p):
+        raise ValueError(f"{name} has strides {p.stride()}: elements may share memory; clone() it")

@@ -25,6 +25,8 @@ class Kronecker:
     has neither, and its X_d is the identity. A solver that keeps a basis has it in `eigvecs`. All matrices start at zero.
     """
 
+    NAMES = ("factors", "inv_roots", "eigvecs")
+
     def __init__(
         self, stack: Sequence[int], exponents: tuple[float, ...], options: Options, dtype: torch.dtype, device: torch.device
     ):
@@ -41,6 +43,7 @@ class Kronecker:
         self.factors = matrices(dtype)
         self.inv_roots = matrices(torch.bfloat16 if options["bf16_roots"] else dtype)
         self.eigvecs = matrices(dtype, needed=SOLVERS[options["solver"]].keeps_basis)
+        self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots yet
 
     def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
         """A_d <- beta2 A_d + (1 - beta2) U^T U in place, U = unfold(G, d); for beta2 = 1 a plain sum.
@@ -51,33 +54,43 @@ class Kronecker:
             if A is None:
                 continue
             U = unfold(G, d)
-            if present is None:
-                A.baddbmm_(U.mT, U, beta=beta2, alpha=1 - beta2 if beta2 < 1 else 1)
+            if present is None and beta2 < 1:
+                A.baddbmm_(U.mT, U, beta=beta2, alpha=1 - beta2)
             else:
                 accumulate(A, U.mT @ U, beta2, present)
 
-    def refresh(self, blocks: Sequence[int], bc2: float, options: Options) -> list[tuple[int, str]]:
+    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: Options) -> list[tuple[int, str]]:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; eps times the trace of A_d / bc2 with relative_eps.
 
-        In the paper bc2 = 1. Returns the blocks for which float32 was not enough, and what became of their roots.
+        In the paper bc2 = 1; it may be (B, 1). Returns the blocks for which float32 was not enough, and what became of their
+        roots. A factor that is not finite starts anew from zero.
         """
         rescued, solver = [], options["solver"]
         own = {name: value for name, value in options.items() if name in SOLVERS[solver].options}
         for X, A, Q, p in zip(self.inv_roots, self.factors, self.eigvecs, self.exponents, strict=True):
             if A is None or X is None:
                 continue
-            few = max(1, ROOTS_AT_A_TIME // A[0].numel())
+            few, limit = max(1, ROOTS_AT_A_TIME // A[0].numel()), torch.finfo(X.dtype).max
             for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
                 rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice copies nothing
                 basis = Q[rows] if Q is not None else None
+                c = bc2[rows] if isinstance(bc2, Tensor) else bc2
                 roots, causes = inverse_root(
-                    A[rows], bc2, p, options["eps"], X[rows], basis, relative_eps=options["relative_eps"], solver=solver, **own
+                    A[rows], c, p, options["eps"], X[rows], basis, relative_eps=options["relative_eps"], solver=solver, **own
                 )
-                X[rows] = roots.to(X.dtype)
+                X[rows] = roots.clamp(-limit, limit).to(X.dtype)
                 if Q is not None and basis is not None:
                     Q[rows] = basis
                 rescued += [(some[i], cause) for i, cause in causes.items()]
+                for b in {some[i] for i in causes if not A[some[i]].isfinite().all()}:
+                    A[b] = 0
+        self.rootless.difference_update(blocks)
         return rescued
+
+    def find_rootless(self) -> None:
+        """Find the blocks whose roots are all zero, after loading."""
+        roots = [X.flatten(1).any(dim=1) for X in self.inv_roots if X is not None]
+        self.rootless = set((~torch.stack(roots).any(dim=0)).nonzero().flatten().tolist()) if roots else set()
 
     def apply(self, N: Tensor) -> Tensor:
         """Return N (B, d1, ..., dk) contracted with X_d along each dimension d; for matrices X_1 N X_2.
@@ -88,7 +101,7 @@ class Kronecker:
 
     def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
         """Yield the name, dimension, and tensor (B, ...) of all state; checkpoints and ranks know no more of it."""
-        for name in ("factors", "inv_roots", "eigvecs"):
+        for name in self.NAMES:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
     @staticmethod

@@ -51,7 +51,8 @@ def find_ranks(process_group: Any) -> Ranks:
             f"process_group is {process_group!r}; it must be a ProcessGroup that this process is in, a one-dimensional "
             "DeviceMesh, or None"
         )
-    return Ranks(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+    size = dist.get_world_size(process_group)
+    return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else ALONE
 
 
 def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
@@ -123,7 +124,9 @@ class Exchange:
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
             self._flags = flags
-        torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
+        sent = torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
+        if sent.dtype == torch.float16:  # its largest number is 65,504
+            sent.clamp_(torch.finfo(sent.dtype).min, torch.finfo(sent.dtype).max)
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
         self._differing = Later((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
@@ -154,8 +157,20 @@ class Exchange:
 
 
 def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
-    """Return an exchange for each device and dtype of the buckets; send in `dtype`, or in the buckets' own if None."""
+    """Return an exchange for each device and dtype of the buckets; send in `dtype`, or theirs if None. [] on one rank."""
     kinds: dict[tuple[torch.device, torch.dtype], dict[int, Bucket]] = {}
-    for i, bucket in enumerate(buckets):
+    for i, bucket in enumerate(buckets) if ranks.size > 1 else ():
         kinds.setdefault((bucket.device, bucket.dtype), {})[i] = bucket
     return [Exchange(ranks, members, names, dtype or own) for (_, own), members in kinds.items()]
+
+
+def check_exchanges(exchanges: list[Exchange]) -> None:
+    """Raise RuntimeError as `Exchange.check` does."""
+    for exchange in exchanges:
+        exchange.check()
+
+
+def exchange_all(exchanges: list[Exchange], directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
+    """Return all ranks' directions of each bucket, given this rank's, and two flags: it skips the step, it failed."""
+    found = {i: of_ranks for exchange in exchanges for i, of_ranks in exchange.run(directions, flags)}
+    return [found[i] for i in range(len(directions))]

@@ -18,6 +18,7 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 NEWTON_STEPS = 100
+LARGEST_ROOT = 64  # of "newton"
 QR_TOLERANCE = 0.3
 
 
@@ -88,9 +89,12 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
 
 
 def check_newton(exponents: tuple[float, ...]) -> None:
-    """Raise ValueError unless every exponent is 0 or 1/r for an integer r."""
-    if any(p and not isclose(round(1 / p) * p, 1) for p in exponents):
-        raise ValueError(f"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are {exponents}: use 'eigh' or 'qr'")
+    """Raise ValueError unless every exponent is 0 or 1/r for an integer r of at most LARGEST_ROOT."""
+    if any(p and not (p * LARGEST_ROOT > 0.999 and isclose(round(1 / p) * p, 1)) for p in exponents):
+        raise ValueError(
+            f"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are {exponents}, and the smallest is "
+            f"1/{LARGEST_ROOT}: use 'eigh' or 'qr'"
+        )
 
 
 class Solver(NamedTuple):
@@ -122,7 +126,7 @@ def full_precision() -> Iterator[None]:
 
 def inverse_root(
     A: Tensor,
-    c: float,
+    c: float | Tensor,
     p: float,
     eps: float,
     previous: Tensor,
@@ -134,13 +138,13 @@ def inverse_root(
 ) -> tuple[Tensor, dict[int, str]]:
     """Return (A / c + eps I)^(-p) of each matrix of A (B, d, d), always finite; eps tr(A / c) instead of eps if relative_eps.
 
-    The paper has c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no product overflows and no bit
-    is lost, and goes to SOLVERS[solver] with its options. A matrix that fails is computed alone by `eigh`, then in float64; if
-    that fails too, or A is not finite, it keeps its `previous` root, or gets the identity if that is zero. Also returns, by
-    index, what became of the matrices for which float32 was not enough.
+    c is a number or (B, 1); the paper has c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no
+    product overflows and no bit is lost, and goes to SOLVERS[solver] with its options. If that fails for any, each is computed
+    alone by `eigh`, then in float64, and Q is reset; if that fails too, or A is not finite, a matrix keeps its `previous` root,
+    or gets the identity if that is zero. Also returns, by index, what became of those for which float32 was not enough.
     """
-    s = _scales(A, c, eps)
-    matrices = A / (c * s.unsqueeze(2))
+    s = _scales(A, c, torch.finfo(A.dtype).tiny if relative_eps else eps)
+    matrices = A / (c * s).unsqueeze(2)
     shift = torch.full_like(s, eps)
     if relative_eps:
         trace = s * matrices.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
@@ -157,9 +161,9 @@ def inverse_root(
     return torch.cat([X for X, _ in rescued]), {b: cause for b, (_, cause) in enumerate(rescued) if cause}
 
 
-def _scales(A: Tensor, c: float, eps: float) -> Tensor:
+def _scales(A: Tensor, c: float | Tensor, eps: float) -> Tensor:
     """Return the power of two of the largest entry of each A / c, or of eps if larger: (B, 1); NaN where A is not finite."""
-    largest: Tensor = torch.linalg.vector_norm(A, torch.inf, dim=(1, 2)).unsqueeze(1).clamp(min=c * eps) / c
+    largest: Tensor = (torch.linalg.vector_norm(A, torch.inf, dim=(1, 2)).unsqueeze(1) / c).clamp(min=eps)
     return largest / (2 * torch.frexp(largest).mantissa) + 0 * largest
 
 

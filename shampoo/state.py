@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
 from .blocks import Layout, merged_shape
 from .grafting import GRAFTING, Grafting
-from .options import Group
+from .options import STRUCTURAL, Group
 from .preconditioner import PRECONDITIONERS, Kronecker, block_exponents
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -38,11 +40,16 @@ class Bucket:
     exp_avg_sq: Tensor | None
     momentum_buffer: Tensor | None
     preconditioners: list[Kronecker]  # of each stack
-    rescued: Counter[tuple[int, str]] = field(default_factory=Counter)  # roots not computed as usual: parameter, and why
+    steps: list[int]  # of each parameter: how many had a gradient
+    unusual: Counter[tuple[int, str]] = field(default_factory=Counter)  # roots and directions: parameter, and what
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         self.layout = self.layouts[self.rank]
+
+    def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
+        """Count something unusual about these blocks of a stack."""
+        self.unusual.update((self.layout.params[stack][block], what) for block in blocks)
 
     def zeros(self) -> Tensor:
         """Return a flat vector of zeros."""
@@ -60,23 +67,34 @@ def tensors(bucket: Bucket) -> list[Tensor]:
     return [flat for _, flat in moments(bucket)] + [X for _, _, X in matrices]
 
 
-def make_buckets(group: Group, rank: int, carried: list[Cost]) -> tuple[list[Bucket], list[Cost]]:
-    """Sort a group's parameters into buckets and allocate a rank's state, all zeros; a parameter without elements is in none.
+def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Bucket]:
+    """Sort the parameters of all groups into buckets and allocate the state of a rank, all zeros.
 
-    `carried` is what each rank carries for earlier groups; returned with this group's blocks added.
+    A parameter without elements, or a lazy one without a shape yet, is in none.
     """
-    members: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
-    for p in filter(torch.numel, group["params"]):
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        members.setdefault((p.device, dtype, has_factors(p, group)), []).append(p)
-    buckets = []
-    most_expensive_first = sorted(members.items(), key=lambda item: not item[0][2])  # those with factors
-    for (device, dtype, factored), params in most_expensive_first:
-        shapes = [tuple(p.shape) for p in params]
-        flops = block_flops(group, factored)
-        layouts, carried = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, carried)
-        buckets.append(allocate(group, params, device, dtype, factored, layouts, rank))
-    return buckets, carried
+    carried, buckets = [Cost(0.0, 0)] * num_ranks, []
+    for group in groups:
+        members: dict[tuple[bool, torch.device, torch.dtype], list[Tensor]] = {}
+        for p in group["params"]:
+            if not is_lazy(p) and p.numel():
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                members.setdefault((has_factors(p, group), p.device, dtype), []).append(p)
+        most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
+        for (factored, device, dtype), params in most_expensive_first:
+            shapes, flops = [tuple(p.shape) for p in params], block_flops(group, factored)
+            layouts, carried = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, carried)
+            buckets.append(allocate(group, params, device, dtype, factored, layouts, rank))
+    return buckets
+
+
+def signature(groups: Sequence[Group]) -> list[Any]:
+    """Return what decides which state there is: parameters, their shapes, devices, and dtypes, and some options."""
+    found: list[Any] = []
+    for group in groups:
+        found += [id(group), *map(group.get, STRUCTURAL), group["betas"][0] > 0, group["momentum"] > 0]
+        for p in group["params"]:
+            found.append((id(p), None if is_lazy(p) else p.shape, p.device, p.dtype))
+    return found
 
 
 def has_factors(p: Tensor, group: Group) -> bool:
@@ -120,8 +138,7 @@ def allocate(
         """Return a flat vector of zeros if it is needed."""
         return torch.zeros(layout.numel, dtype=dtype, device=device) if needed else None
 
-    exp_avg, momentum_buffer = moment(group["betas"][0] > 0), moment(group["momentum"] > 0)
-    exp_avg_sq = moment(grafting.second_moment)
-    return Bucket(
-        group, params, device, dtype, factored, layouts, rank, grafting, exp_avg, exp_avg_sq, momentum_buffer, preconditioners
-    )
+    exp_avg, exp_avg_sq = moment(group["betas"][0] > 0), moment(grafting.second_moment)
+    moments = exp_avg, exp_avg_sq, moment(group["momentum"] > 0)
+    steps = [0] * len(params)
+    return Bucket(group, params, device, dtype, factored, layouts, rank, grafting, *moments, preconditioners, steps)

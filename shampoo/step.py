@@ -1,15 +1,18 @@
 """One step for a bucket of parameters, in the order of the paper: from gradients to directions."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from torch import Tensor
 
 from . import update
-from .blocks import parameter_of
-from .copies import Inputs, add, chunks, flat_views, flatten, load, presence, stack_views
+from .copies import Inputs, add, chunks, flat_views, flatten, load, spread, stack_views
 from .due import due_blocks
-from .options import Group
 from .state import Bucket
 
 GRAFTED_AT_A_TIME = 7 * 2**20  # elements of the grafting method's step: 28 MB, which C's allocator still reuses
+
+Spread = Callable[[Sequence[float]], Tensor]  # from a value for each parameter to a flat vector
 
 
 def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -18,74 +21,100 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     Zero if `finite`, a bool on a device that the host does not wait for, is False: then gradients count as zero.
     """
     group, layout, grafting, V = bucket.group, bucket.layout, bucket.grafting, bucket.exp_avg_sq
-    (beta1, beta2), decay, weights = group["betas"], group["weight_decay"], inputs.views[bucket.rank]
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
+    counts = [steps + 1 if G is not None else 0 for steps, G in zip(bucket.steps, inputs.grads, strict=True)]
+    bucket.steps = [count or steps for count, steps in zip(counts, bucket.steps, strict=True)]
+
     # Gradients G, from parameters to stacks
-    G, views = load(layout, inputs.grads, bucket.dtype, bucket.device)
+    G, views = load_gradients(bucket, inputs, finite)
     if not layout.stacks:  # more ranks than blocks
         return G, views
-    present = presence(layout, inputs, bucket.dtype, bucket.device)
-    if finite is not None:
-        G.masked_fill_(~finite.to(bucket.device), 0)
-    if decay and not group["decoupled_weight_decay"]:
-        add(views, weights, decay)
-    stacks = stack_views(layout.stacks, G)
+    stacks, of_params = stack_views(layout.stacks, G), partial(spread, layout, dtype=bucket.dtype, device=bucket.device)
+    present = of_params([float(count > 0) for count in counts]) if 0 in counts else None
 
     # Factors L and R, and their roots where due
-    update_preconditioners(bucket, t, start, stacks, present)
+    if bucket.factored:
+        update_factors(bucket, counts, stacks, of_params)
+        refresh_roots(bucket, t, start, of_params)
 
     # Moments V and M, and the averaged gradient N in the memory of G
     normalized = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
-    graft_beta2 = 1.0 if grafting.sums else beta2 if group["grafting_beta2"] is None else group["grafting_beta2"]
+    graft_beta2 = 1.0 if grafting.sums else group["betas"][1] if group["grafting_beta2"] is None else group["grafting_beta2"]
     if V is not None:
         update.accumulate_squares(V, normalized, graft_beta2, present)
-    bc1 = update.bias_correction(beta1, t) if group["bias_correction"] else 1.0
-    N = update.average(bucket.exp_avg, G, beta1, group["nadam"], bc1, present)
+    bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
+    bc2 = update.bias_corrections(graft_beta2, counts, of_params)
+    N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
     # Directions P = X_L N X_R, at the length of the grafting method's step A
-    bc2, eps = update.bias_correction(graft_beta2, t), group["grafting_eps"]
     if bucket.factored and (t >= start or not grafting.sets_length):
         P = N
         for part, some, lengths in chunks(layout.stacks, GRAFTED_AT_A_TIME):
-            A = grafting.step(normalized[part], None if V is None else V[part], bc2, eps).split_with_sizes(lengths)
-            for preconditioner, S, A_S in zip(bucket.preconditioners[some], stacks[some], A, strict=True):
-                if grafting.sets_length:
-                    update.rescale(preconditioner.apply(S), A_S.view_as(S), out=S)
-                else:
-                    S.copy_(preconditioner.apply(S))
+            V_part, bc2_part = V if V is None else V[part], bc2[part] if isinstance(bc2, Tensor) else bc2
+            A = grafting.step(normalized[part], V_part, bc2_part, group["grafting_eps"]).split_with_sizes(lengths)
+            for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
+                if bad := update.graft(bucket.preconditioners[i].apply(S), A_S.view_as(S), grafting.sets_length, out=S):
+                    bucket.note(i, bad, "directions not finite")
     else:
-        P = grafting.step(N, V, bc2, eps)
+        P = grafting.step(N, V, bc2, group["grafting_eps"])
         views = flat_views(layout, P, inputs.grads)
+
     # Decoupled decay, then momentum
-    if decay and group["decoupled_weight_decay"]:
-        add(views, weights, decay)
+    if group["weight_decay"] and group["decoupled_weight_decay"]:
+        add(views, inputs.views[bucket.rank], group["weight_decay"])
     if bucket.momentum_buffer is not None:
         update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
     return (P if finite is None else P.masked_fill_(~finite.to(bucket.device), 0)), views
 
 
-def update_preconditioners(bucket: Bucket, t: int, start: int, stacks: list[Tensor], present: Tensor | None) -> None:
-    """Update factors from the gradients (B, d1, ..., dk) of each stack, and roots from factors, where due."""
-    group, layout, every = bucket.group, bucket.layout, bucket.group["factor_frequency"]
-    if not bucket.factored:
-        return
-    if (t - 1) % every == 0:
-        beta2 = group["betas"][1] ** every
-        marks = [None] * len(stacks) if present is None else stack_views(layout.stacks, present)
-        for preconditioner, G, mark in zip(bucket.preconditioners, stacks, marks, strict=True):
-            preconditioner.update(G, beta2, None if mark is None else mark.flatten(1)[:, :1, None])
-    due = due_blocks(layout.stacks, t, start, group["precondition_frequency"], group["stagger"])
-    if any(due):
-        bc2 = factor_correction(group, t)
-        for i, (preconditioner, blocks) in enumerate(zip(bucket.preconditioners, due, strict=True)):
-            rescued = preconditioner.refresh(blocks, bc2, group)
-            bucket.rescued.update((parameter_of(layout, i, block), f"roots {cause}") for block, cause in rescued)
+def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Return a bucket's gradients G with their sign and coupled decay, a flat vector and its `flat_views`."""
+    G, views = load(bucket.layout, inputs.grads, bucket.dtype, bucket.device)
+    if bucket.group["maximize"]:
+        G.neg_()
+    if finite is not None:
+        G.masked_fill_(~finite.to(bucket.device), 0)
+    if bucket.group["weight_decay"] and not bucket.group["decoupled_weight_decay"]:
+        add(views, inputs.views[bucket.rank], bucket.group["weight_decay"])
+    return G, views
 
 
-def factor_correction(group: Group, t: int) -> float:
-    """Return what factors are divided by at step t: 1 - beta2^s, s being the step up to which their newest gradient counts.
+def update_factors(bucket: Bucket, counts: Sequence[int], stacks: Sequence[Tensor], of_params: Spread) -> None:
+    """Update factors from the gradients (B, d1, ..., dk) of each stack, given each parameter's number of gradients so far.
 
-    1 without bias correction.
+    0 is a parameter without a gradient now. Factors take a parameter's first gradient and then every `factor_frequency`-th.
     """
-    every = group["factor_frequency"]
-    return update.bias_correction(group["betas"][1], t - (t - 1) % every - 1 + every) if group["bias_correction"] else 1.0
+    every = bucket.group["factor_frequency"]
+    taken = [float(count % every == 1 % every and count > 0) for count in counts]
+    if not any(taken):
+        return
+    marks = [None] * len(stacks) if all(taken) else stack_views(bucket.layout.stacks, of_params(taken))
+    for preconditioner, G, mark in zip(bucket.preconditioners, stacks, marks, strict=True):
+        mark = None if mark is None else mark.flatten(1)[:, :1, None]
+        preconditioner.update(G, bucket.group["betas"][1] ** every, mark)
+
+
+def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None:
+    """Compute the roots that are due at the group's step t and, from `start` on, those of blocks that have none yet.
+
+    A block that has had no gradient yet has no factor, and waits.
+    """
+    group, layout, every = bucket.group, bucket.layout, bucket.group["factor_frequency"]
+    due = due_blocks(layout.stacks, t, start, group["precondition_frequency"], group["stagger"])
+    found: dict[int, Sequence[int]] = {}
+    for i, preconditioner in enumerate(bucket.preconditioners):
+        blocks = due[i] if due else ()
+        if preconditioner.rootless and (blocks or t >= start):
+            late = preconditioner.rootless if t >= start else ()
+            started = [b for b in sorted({*blocks, *late}) if bucket.steps[layout.params[i][b]]]
+            blocks = started if len(started) < layout.stacks[i][0] else range(len(started))
+        if blocks:
+            found[i] = blocks
+    if not found:
+        return
+    counted = [update.factor_steps(steps, every) for steps in bucket.steps]
+    bc2 = update.bias_corrections(group["betas"][1], counted, of_params) if group["bias_correction"] else 1.0
+    for i, blocks in found.items():
+        own = stack_views(layout.stacks, bc2)[i].flatten(1)[:, :1] if isinstance(bc2, Tensor) else bc2
+        for block, cause in bucket.preconditioners[i].refresh(blocks, own, group):
+            bucket.note(i, [block], f"roots {cause}")

@@ -21,9 +21,13 @@ has a gradient and 0 where it has none: the state of such a block does not chang
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
+
+LARGEST = 1e38  # what float32 holds, with room to spare
 
 
 def bias_correction(beta: float, t: int) -> float:
@@ -37,10 +41,25 @@ def bias_correction(beta: float, t: int) -> float:
     return ctypes.c_float(1.0 - rounded).value or 1.0 - beta**t
 
 
+def bias_corrections(beta: float, counts: Sequence[int], spread: Callable[[list[float]], Tensor]) -> float | Tensor:
+    """Return 1 - beta^t if all parameters count the same t steps; otherwise the `spread` of each one's. 0 is no count."""
+    if len({0, *counts}) <= 2:
+        return bias_correction(beta, max(1, *counts))
+    return spread([bias_correction(beta, max(1, t)) for t in counts])
+
+
+def factor_steps(t: int, every: int) -> int:
+    """Return the step up to which a factor's average counts after t gradients: it takes the first and then each `every`-th."""
+    return -(-t // every) * every
+
+
 def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> None:
-    """S <- beta S + (1 - beta) X in place; for beta = 1 a plain sum, S <- S + X, where X is 0 if not present."""
+    """S <- beta S + (1 - beta) X in place; for beta = 1 a plain sum, S <- S + X.
+
+    A sum stops at LARGEST: it would stay infinite for ever.
+    """
     if beta == 1.0:
-        S.add_(X)
+        S.add_(X if present is None else X * present).clamp_(-LARGEST, LARGEST)
     else:
         S.lerp_(X, 1 - beta if present is None else (1 - beta) * present)
 
@@ -50,9 +69,11 @@ def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None
     if beta < 1.0:
         V.mul_(beta if present is None else 1 - (1 - beta) * present)
     V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
+    if beta == 1.0:
+        V.clamp_(max=LARGEST)
 
 
-def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float, present: Tensor | None) -> Tensor:
+def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float | Tensor, present: Tensor | None) -> Tensor:
     """M <- beta1 M + (1 - beta1) G in place; return the averaged gradient N = M / bc1 in the memory of G.
 
     With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G, uncorrected. The paper's M, with
@@ -75,9 +96,27 @@ def normalize(S: Tensor) -> Tensor:
     return S / (block_norms(S) + 1e-16)
 
 
-def rescale(P: Tensor, S: Tensor, out: Tensor) -> None:
-    """Give each block of P the Frobenius norm of S's: out <- P ||S||_F / (||P||_F + 1e-16)."""
-    torch.mul(P, block_norms(S) / (block_norms(P) + 1e-16), out=out)
+def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
+    """out <- P ||A||_F / (||P||_F + 1e-16), block by block, or P without `sets_length`.
+
+    A block whose P is not finite becomes A, or without `sets_length` zero. Return these blocks; [] on an accelerator, for which
+    the host does not wait.
+    """
+    norms = block_norms(P)
+    if norms.device.type != "cpu":
+        scaled, instead = (P * (block_norms(A) / (norms + 1e-16)), A) if sets_length else (P, torch.zeros_like(P))
+        out.copy_(torch.where(norms.isfinite(), scaled, instead))
+        return []
+    found = norms.flatten().tolist()
+    bad = [] if all(map(isfinite, found)) else [i for i, norm in enumerate(found) if not isfinite(norm)]
+    instead = A[bad] if bad and sets_length else torch.zeros(())
+    if sets_length:
+        torch.mul(P, block_norms(A) / (norms + 1e-16), out=out)
+    else:
+        out.copy_(P)
+    if bad:
+        out[bad] = instead.to(out.dtype)
+    return bad
 
 
 def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> None:

@@ -53,6 +53,6 @@ def test_ranks_take_the_step_of_the_full_batch(pools, wrapped):
 
 def test_state_is_gathered_only_for_checkpoints_and_is_not_resumable_otherwise(pools):
     gathered, lacking, error = pools(2).run(saved_state)[0]
-    assert gathered == ["param_groups", "state"]
+    assert gathered == ["param_groups", "state", "version"]
     assert lacking == ["not_resumable"]
     assert error == "this checkpoint cannot be resumed from: why"

@@ -133,7 +133,7 @@ def different_options(rank, size):
 
 
 def different_later(rank, size):
-    """Return the errors for a different or invalid `to`, a copy, and learning rates that differ at consolidate() or a load."""
+    """Return the errors for a different or invalid `to`, a copy, and rates that differ at a consolidation or a load."""
     import copy
 
     errors = []
@@ -146,13 +146,13 @@ def different_later(rank, size):
             errors.append(str(error))
 
     optimizer = AdamWShampoo([torch.zeros(3, 4, requires_grad=True)], **COMMON)
-    optimizer.consolidate(to=None)
+    optimizer.consolidate_state_dict(to=None)
     saved = copy.deepcopy(optimizer.state_dict())
-    attempt(lambda: optimizer.consolidate(to=rank))
-    attempt(lambda: optimizer.consolidate(to=7))
+    attempt(lambda: optimizer.consolidate_state_dict(to=rank))
+    attempt(lambda: optimizer.consolidate_state_dict(to=7))
     attempt(lambda: copy.deepcopy(optimizer))
     optimizer.param_groups[0]["lr"] = 1e-3 + rank
-    attempt(optimizer.consolidate)
+    attempt(optimizer.consolidate_state_dict)
     saved["param_groups"][0]["lr"] = 0.5 + rank
     attempt(lambda: optimizer.load_state_dict(saved))
     return errors
@@ -325,7 +325,7 @@ def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
     train(model, optimizer, range(first, last), scheduler)
-    optimizer.consolidate()
+    optimizer.consolidate_state_dict()
     if rank == 0:
         saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(saved, f"{path}/{last}")
@@ -335,11 +335,12 @@ def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
 
 
 def unconsolidated(rank, size):
-    """Return the errors of state_dict() without consolidate(), after it, and after one more step."""
+    """Return the errors of state_dict() without consolidate_state_dict(), after it, and after one more step."""
     model = build()
     optimizer = AdamWShampoo(model.parameters(), **COMMON)
     errors = []
-    for prepare in (lambda: None, optimizer.consolidate, lambda: train(model, optimizer, [0])):
+    train(model, optimizer, [0])
+    for prepare in (lambda: None, optimizer.consolidate_state_dict, lambda: train(model, optimizer, [0])):
         prepare()
         try:
             optimizer.state_dict()
@@ -357,12 +358,12 @@ def distributed_checkpoint(rank, size, path, first, last):
     model = build()
     optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5})
     if first:
-        optimizer.consolidate(to=None)
+        optimizer.consolidate_state_dict(to=None)
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{path}/{first}")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     train(model, optimizer, range(first, last))
-    optimizer.consolidate(to=None)
+    optimizer.consolidate_state_dict(to=None)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{path}/{last}")
     return full_weights(model)
@@ -390,7 +391,7 @@ def few_blocks(rank, size):
     for t in range(20):
         p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(t))
         optimizer.step()
-    optimizer.consolidate(to=None)
+    optimizer.consolidate_state_dict(to=None)
     return p.detach().clone(), state_size(optimizer), list(optimizer.state_dict()["state"][0])
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo.blocks import cut, merge_dims, parameter_of, split, stack, view
+from shampoo.blocks import cut, merge_dims, split, stack, view
 
 shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 
@@ -64,6 +64,7 @@ def test_grids_cover_every_element_once(shape, block_size, single):
 
 
 def test_a_block_of_a_stack_knows_its_parameter():
-    layout = stack([(4, 6), (2, 3), (5, 3)], [grid for i, s in enumerate([(4, 6), (2, 3), (5, 3)]) for grid in cut(s, 3, i)])
-    owners = {shape[1:]: [parameter_of(layout, i, row) for row in range(shape[0])] for i, shape in enumerate(layout.stacks)}
-    assert owners == {(3, 3): [0, 0, 2], (1, 3): [0, 0], (2, 3): [1, 2]}
+    shapes = [(4, 6), (2, 3), (5, 3)]
+    layout = stack(shapes, [grid for i, shape in enumerate(shapes) for grid in cut(shape, 3, i)])
+    found = {shape[1:]: params for shape, params in zip(layout.stacks, layout.params)}
+    assert found == {(3, 3): [0, 0, 2], (1, 3): [0, 0], (2, 3): [1, 2]}

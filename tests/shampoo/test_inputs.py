@@ -172,7 +172,10 @@ def test_a_corrupted_state_dict_is_refused_without_changes_or_works(path, value)
         assert any(str(word) in error for word in (path[-1], "param_groups", "parameter"))
         assert identical(before, (params, optimizer.state_dict()))
     else:
-        assert identical(optimizer.state_dict()["state"], SAVED["state"])
+        expected = deepcopy(SAVED["state"])
+        if path[0] == "state" and path[-1] == "step":  # any whole number of steps may be
+            expected[path[1]]["step"] = torch.tensor(float(value))
+        assert identical(optimizer.state_dict()["state"], expected)
     step(params, optimizer, 3)
     assert all(torch.isfinite(p).all() for p in params)
     assert optimizer.state_dict()["state"].keys() == SAVED["state"].keys()
@@ -193,7 +196,7 @@ def test_the_state_of_another_optimizer_is_refused():
     params, optimizer = trained()
     others = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}])
     step(params, others, 0)
-    with pytest.raises(ValueError, match=r"parameter 0 of shape \(6, 5\) .*momentum_buffer"):
+    with pytest.raises(ValueError, match=r"group 0 of the state_dict lacks .*block_size.*another optimizer's"):
         optimizer.load_state_dict(others.state_dict())
     with pytest.raises(ValueError, match="betas is"):
         optimizer.load_state_dict({**SAVED, "param_groups": [{**g, "betas": [0.9]} for g in SAVED["param_groups"]]})

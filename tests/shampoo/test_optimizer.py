@@ -64,7 +64,8 @@ def test_zero_exponents_need_no_factors():
 def test_dimensions_above_max_dim_need_no_factors():
     (W,) = make_params((1_000_000, 2))
     state = AdamWShampoo([W]).state_dict()["state"][0]
-    assert {key: tuple(x.shape) for key, x in state.items()} == {"exp_avg": (1_000_000, 2), "exp_avg_sq": (1_000_000, 2)}
+    shapes = {key: tuple(x.shape) for key, x in state.items()}
+    assert shapes == {"step": (), "exp_avg": (1_000_000, 2), "exp_avg_sq": (1_000_000, 2)}
 
 
 def test_roots_may_be_stored_in_bfloat16():

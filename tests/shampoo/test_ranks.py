@@ -191,7 +191,7 @@ def test_a_state_dict_needs_consolidate(pools):
     first, second = pools(2).run(rank_checks.unconsolidated)
     assert first[1] == ""
     for text in (first[0], first[2], *second):
-        assert "call consolidate() on all ranks" in text
+        assert "call consolidate_state_dict() on all ranks" in text
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ class Block:
         self.A = [np.zeros((n, n)) for n in shape]
         self.X = [np.zeros((n, n)) for n in shape]
         self.M, self.V, self.B = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self.n, self.rooted = 0, False
 
     def step(self, G, W, t, lr, o):
         """Return the new weights. With G None, for a missing gradient, only the roots are refreshed."""
@@ -57,30 +58,33 @@ class Block:
         start = o["start_preconditioning_step"] or k
         gb2 = b2 if o["grafting_beta2"] is None else o["grafting_beta2"]
         gb2 = 1.0 if self.graft == "adagrad" else gb2
-        bc1 = correction(b1, t) if o["bias_correction"] else 1.0
         present = G is not None
+        self.n += present  # bias corrections count a parameter's own gradients
+        n = self.n
+        bc1 = correction(b1, n) if o["bias_correction"] else 1.0
         if present:
             G = G + wd * W if not o["decoupled_weight_decay"] else G
-            for d, A in enumerate(self.A if t % every == 1 % every else []):
+            for d, A in enumerate(self.A if n % every == 1 % every else []):
                 U = np.moveaxis(G, d, 0).reshape(G.shape[d], -1)
                 self.A[d] = A + U @ U.T if b2 == 1 else b2**every * A + (1 - b2**every) * U @ U.T
             g = G / (np.linalg.norm(G) + 1e-16) if o["normalized_grafting"] else G
             self.V = self.V + g * g if gb2 == 1 else gb2 * self.V + (1 - gb2) * g * g
-        if t == start or (t > start and t % k == 0):
-            bc2 = correction(b2, every * -(-t // every)) if o["bias_correction"] else 1.0
+        if n and (t == start or (t > start and t % k == 0) or (t > start and not self.rooted)):
+            self.rooted = True
+            bc2 = correction(b2, every * -(-n // every)) if o["bias_correction"] else 1.0
             self.X = [root(A / bc2, p, o["eps"]) for A, p in zip(self.A, self.powers)]
         if not present:
             return W
         self.M = b1 * self.M + (1 - b1) * G
         N = (b1 * self.M + (1 - b1) * G if o["nadam"] else self.M) / bc1 if b1 else G
         if not self.factored or (t < start and self.graft != "none"):
-            P = self.grafted(N, gb2, t, o)
+            P = self.grafted(N, gb2, n, o)
         else:
             P = N
             for d, (X, p) in enumerate(zip(self.X, self.powers)):
                 P = P if p == 0 else np.moveaxis(np.tensordot(X, P, (1, d)), 0, d)
             if self.graft != "none":
-                length = np.linalg.norm(self.grafted(g if o["normalized_grafting"] else N, gb2, t, o))
+                length = np.linalg.norm(self.grafted(g if o["normalized_grafting"] else N, gb2, n, o))
                 P = P * length / (np.linalg.norm(P) + 1e-16)
         P = P + wd * W if o["decoupled_weight_decay"] else P
         mu = o["momentum"]
@@ -89,10 +93,10 @@ class Block:
             P = (1 - mu) * P + mu * self.B if o["nesterov"] else self.B
         return W - lr * P
 
-    def grafted(self, N, gb2, t, o):
+    def grafted(self, N, gb2, n, o):
         if self.graft in ("none", "sgd"):
             return N
-        return N / (np.sqrt(self.V / (correction(gb2, t) if self.graft == "adam" else 1)) + o["grafting_eps"])
+        return N / (np.sqrt(self.V / (correction(gb2, n) if self.graft == "adam" else 1)) + o["grafting_eps"])
 
 
 def has_factors(shape, merged_shape, o):
