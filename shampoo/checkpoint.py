@@ -30,7 +30,7 @@ MAY_START_LATE = ("momentum_buffer", "eigvecs")  # when an option changes
 Entry = dict[str, Any]  # the state of a parameter
 
 
-def blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
+def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
     """Yield parameter, key, rows of what is saved, and a view of the blocks, for each grid and tensor of a preconditioner."""
     for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
         for name, d, X in preconditioner.tensors():
@@ -57,12 +57,12 @@ def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[lis
             shard.steps = list(own.steps)
             sources = tensors(own) if owner == ranks.rank else [None] * len(tensors(shard))
             for source, X in zip(sources, tensors(shard), strict=True):
-                send(source, X, owner, own.device, ranks, to)
+                transfer(source, X, owner, own.device, ranks, to)
         collected.append(shards)
     return collected if receives else []
 
 
-def send(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
+def transfer(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
     """Copy the owner's tensor, `source` there, to X on rank `to`, or on all if None, through a device with collectives."""
     if to is None:
         buffer = torch.empty_like(X, device=device) if source is None else source
@@ -92,7 +92,7 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
             for p, X in zip(params, assemble(layouts, [flat for _, flat in named]), strict=True):
                 state[p][named[0][0]] = X.view(p.shape)
         parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        for i, key, rows, X in chain(*map(blocks, shards)):
+        for i, key, rows, X in chain(*map(saved_blocks, shards)):
             parts.setdefault((i, key), []).append((rows.start, X))
         for (i, key), found in parts.items():
             in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
@@ -151,7 +151,7 @@ def unpack(
         count: Counter[tuple[int, str]] = Counter()  # of the blocks of each grid, over all ranks
         for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
             count[grid.param, str(grid.number)] += grid.size
-        for i, key, rows, X in blocks(bucket):
+        for i, key, rows, X in saved_blocks(bucket):
             if kept[i]:
                 X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]))[rows])
         for preconditioner in bucket.preconditioners if any(kept) else ():

@@ -1,4 +1,4 @@
-"""Which blocks refresh their roots at which step."""
+"""Choose which blocks refresh their roots at each step."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,15 +6,14 @@ from itertools import islice
 
 from .assignment import Cost, greedy
 
-Stacks = tuple[tuple[int, ...], ...]  # (B, d1, ..., dk) of each
+Stacks = tuple[tuple[int, ...], ...]  # shape (B, d1, ..., dk) of each stack
 
 
 def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool) -> Sequence[Sequence[int]]:
-    """Return the blocks of each stack whose roots are due at step t = 1, 2, ...; [] if no stack has any.
+    """Return, for each stack, the blocks whose roots are due at step t >= 1; [] if nothing is due.
 
-    All at `start`, and at later multiples of the frequency. With `stagger` each block at its own step modulo the frequency,
-    from start - frequency + 1 on, so that all have roots at `start`; those whose first turn would come before step 1, at
-    `start`.
+    Without `stagger`: all blocks, at `start` and at later multiples of the frequency. With it: each block once per frequency,
+    from the period that ends at `start` on; a first turn before step 1 moves to `start`.
     """
     if not stagger:
         return [range(blocks) for blocks, *_ in stacks] if t == start or (t > start and t % frequency == 0) else []
@@ -27,10 +26,7 @@ def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool
 
 @cache
 def phases(stacks: Stacks, frequency: int) -> list[list[int]]:
-    """Return for each block of each stack the step modulo the frequency at which its roots are due.
-
-    Each step gets about the same work, d^3 for a root of size d.
-    """
+    """Return each block's phase, t modulo the frequency at its refreshes, so that steps have about equal work: d^3 a root."""
     costs = [Cost(float(sum(d**3 for d in block)), 0) for blocks, *block in stacks for _ in range(blocks)]
     owners = iter(greedy(costs, [Cost(0.0, 0)] * frequency, most=0.0)[0])
     return [list(islice(owners, blocks)) for blocks, *_ in stacks]

@@ -1,7 +1,7 @@
-"""Grafting: the length of a step comes from another method, its direction from Shampoo (Agarwal et al. 2020, arXiv 2002.11803).
+"""Grafting: a step's direction comes from Shampoo, its length from another method (Agarwal et al., arXiv 2002.11803).
 
 A step function (N, V, bc2, eps) -> step takes the averaged gradient N, the second moment V, and bc2 = 1 - beta2^t. It works
-elementwise on any shape and dtype and leaves N and V unchanged; the step may be N itself. An eps of 0 is taken as the smallest
+elementwise on any shape and dtype and leaves N and V unchanged; it may return N itself. An eps of 0 is taken as the smallest
 normal number, so that 0 / 0 is 0. bc2 may be a tensor that broadcasts.
 """
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Grafting(NamedTuple):
-    """A method that sets the length of a step."""
+    """A row of GRAFTING: how a method computes its step, and what it needs."""
 
     step: Callable[..., Tensor]
-    second_moment: bool = True  # whether it keeps V; without one it cannot move a block that has no factors, and Adam does
+    second_moment: bool = True  # whether it keeps V; without V, blocks that have no factors use Adam
     sums: bool = False  # V is a plain sum of squares, not an average
     sets_length: bool = True  # otherwise the preconditioned direction keeps its own
 

@@ -17,7 +17,7 @@ Names = Callable[[], dict[Tensor, str]]  # what errors call the parameters
 logger = logging.getLogger("shampoo")
 
 
-class Later:
+class HostCopy:
     """A tensor on its way to the host."""
 
     def __init__(self, x: Tensor):
@@ -49,7 +49,9 @@ class Health:
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
-        self.norms: list[tuple[list[Tensor], Later]] = []  # of a step not counted yet: parameters, and norms of their gradients
+        self.norms: list[
+            tuple[list[Tensor], HostCopy]
+        ] = []  # of a step not counted yet: parameters, gradient norms
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
         """Return a bool tensor, whether a step's gradients are finite; None if the host can `count` without waiting for it.
@@ -70,7 +72,7 @@ class Health:
                         )
             if grads:
                 norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))
-                self.norms.append((params, Later(norms[-1])))
+                self.norms.append((params, HostCopy(norms[-1])))
         if not any(map(waits, norms)):
             return None
         return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()

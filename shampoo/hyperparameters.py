@@ -31,16 +31,15 @@ POINT: dict[str, Rule] = {
     "dropout_rate": real(0, 1, below=True),
 }
 OPTIONAL: dict[str, Rule] = {
-    "grad_clip": real(0, above=True),  # largest norm of the whole gradient
-    "solver": OPTIONS["solver"],
-    "qr_tolerance": OPTIONS["qr_tolerance"],
-    "relative_eps": OPTIONS["relative_eps"],
-    "stagger": OPTIONS["stagger"],
-    "factor_frequency": OPTIONS["factor_frequency"],
-    "precondition_vectors": OPTIONS["precondition_vectors"],
-    "bf16_roots": OPTIONS["bf16_roots"],
-    "exponents": OPTIONS["exponents"],  # replaces inverse_root
-}
+    "grad_clip": real(0, above=True),  # maximum norm of the whole gradient
+    "exponents": OPTIONS["exponents"],  # overrides inverse_root
+    **{
+        name: OPTIONS[name]
+        for name in (
+            "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
+        )
+    },
+}  # fmt: skip
 
 
 def check_point(point: Mapping[str, Any]) -> None:
@@ -58,21 +57,14 @@ def check_point(point: Mapping[str, Any]) -> None:
 def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of AdamWShampoo at a point. Raises ValueError as `check_point` does."""
     check_point(point)
+    same = {name: point[name] for name in OPTIONS.keys() & point.keys()}
     return {
         "lr": point["learning_rate"],
         "betas": (1 - point["one_minus_beta1"], 1 - point["one_minus_beta2"]),
         "eps": point["epsilon"],
-        "weight_decay": point["weight_decay"],
         "momentum": 1 - point["one_minus_momentum"],
-        "nesterov": point["nesterov"],
-        "nadam": point["nadam"],
-        "block_size": point["block_size"],
-        "precondition_frequency": point["precondition_frequency"],
-        "start_preconditioning_step": point["start_preconditioning_step"] or None,
         "exponents": 1 / point["inverse_root"] if point["inverse_root"] else None,
-        "exponent_multiplier": point["exponent_multiplier"],
-        "grafting": point["grafting"],
         "grafting_eps": point["grafting_epsilon"],
-        "normalized_grafting": point["normalized_grafting"],
-        **{key: point[key] for key in OPTIONAL.keys() & OPTIONS.keys() & point.keys()},
+        **same,
+        "start_preconditioning_step": point["start_preconditioning_step"] or None,
     }

@@ -19,57 +19,61 @@ from .step import compute_directions
 class AdamWShampoo(BucketedOptimizer):
     """Shampoo with AdamW's conventions: averaged gradients and factors, decoupled decay, blocking, grafting.
 
-    For a matrix W with gradient G, averages L of G G^T, R of G^T G, and M of G, it moves W along L^(-1/4) M R^(-1/4) (`update`
-    has the formulas), each block of at most block_size x block_size by itself, scaled to the length of the grafting method's
-    step.
+    For a matrix W with gradient G and averages L of G G^T, R of G^T G, M of G: W <- W - lr P, where P = L^(-1/4) M R^(-1/4),
+    rescaled to the norm of the grafting method's step. Blocks of at most block_size x block_size are preconditioned separately.
+    `update` has the formulas.
 
     Args:
         params: tensors, named tensors (torch >= 2.6), or group dicts; all options but the last three may differ per group.
             Weights of any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
-        lr: learning rate; torch schedulers may change it.
-        betas: decay of the gradient's average (theta in the paper) and of the factors' (beta); betas[1] = 1 is a plain sum.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay rates of the gradient's average (theta in the paper) and of the factors (beta); betas[1] = 1: plain sums.
         eps: added to every eigenvalue of a factor before its root; with relative_eps, eps times the factor's trace.
         weight_decay: W <- W - lr weight_decay W if decoupled_weight_decay (as in torch.optim.AdamW); otherwise weight_decay W
-            is added to the gradient. Decoupled decay is added before momentum.
-        momentum, nesterov: decay of an average of the directions; 0 is none, and then nesterov does nothing.
-        nadam: look one averaging step ahead, betas[0] M + (1 - betas[0]) G instead of M.
-        bias_correction: divide averages by 1 - beta^t, t being the group's steps with a gradient. Grafting "adam" always does.
+            is added to the gradient. Decoupled decay is added to the direction before momentum.
+        momentum, nesterov: decay rate of an average of the directions, and whether in Nesterov's form; momentum 0: none.
+        nadam: precondition betas[0] M + (1 - betas[0]) G instead of M, as NAdam does.
+        maximize: take -G for G.
+        bias_correction: divide averages by 1 - beta^t, where t counts a parameter's own gradients. Grafting "adam" always
+            corrects its second moment.
         block_size, merge_dims: see `blocks`. Merging turns a matrix with at most block_size elements into a vector.
-        max_dim: a parameter with a dimension >= max_dim gets no factors; grafting moves it (Adam if that is "none" or "sgd").
+        max_dim: a parameter with a dimension >= max_dim has no factors; the grafting method alone updates it (Adam if that is
+            "none" or "sgd").
         precondition_frequency: steps between refreshes of the roots.
-        factor_frequency: k: factors take only the gradients of steps 1, k + 1, 2k + 1, ..., with decay betas[1]^k.
-        start_preconditioning_step: step of the first refresh; before it the grafting method moves all. None: the group's
-            initial precondition_frequency. With grafting "none", roots are zero before it, and only decay acts.
+        factor_frequency: k: factors take a parameter's first gradient and then every k-th, with decay rate betas[1]^k.
+        start_preconditioning_step: step of the first refresh; before it the grafting method alone updates all blocks. None: the
+            group's initial precondition_frequency. With grafting "none", roots are zero before it, and only decay acts.
         preconditioner: "shampoo".
         exponents, exponent_multiplier: see `preconditioner.block_exponents`; None is 1/(2k) for each of k dimensions.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
-        grafting_beta2: decay of the grafting method's second moment; None: betas[1].
+        grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].
         grafting_eps: added to the square root of the second moment.
-        normalized_grafting: pass G / ||G||_F to the grafting method, block by block.
-        solver: how roots are computed: "eigh", exact; "qr", from the previous eigenvectors, which take half the memory of
-            factors and roots; "newton", by matrix products alone, for accelerators, for exponents 1, 1/2, 1/3, ...
-        qr_tolerance: of "qr": how much of a factor may lie off the diagonal in its basis, relative to ||A||_F.
-        stagger: refresh a part of the roots at every step, each once in precondition_frequency steps.
-        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) have a factor; otherwise as max_dim.
+        normalized_grafting: graft from each block's G / ||G||_F: V always, the step in place of N once roots are in use.
+        solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
+            products only, for accelerators, for exponents 1, 1/2, 1/3, ...
+        qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
+        stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
+        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) have a factor; if not, see max_dim.
         bf16_roots: keep roots in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions; None: that of the state.
         max_skipped_steps: raise FloatingPointError on this many consecutive non-finite steps.
         process_group: the ranks that share the blocks, a ProcessGroup or a one-dimensional DeviceMesh; None: the default group
             if torch.distributed is initialized, otherwise this process alone.
 
-    lr, eps, decay, frequency, and the like may be changed in `param_groups` between steps, but not what determines the state:
-    block_size, merge_dims, max_dim, precondition_vectors, preconditioner, exponents, grafting, solver, bf16_roots, and whether
-    betas[0] or momentum is zero.
+    Options may be changed in `param_groups` between steps. A change of those that decide which state there is (block_size,
+    exponents, solver, ...) keeps the state that fits, and raises ValueError at the next step if some does not.
 
     Raises:
-        ValueError: for an option out of range, an unknown option of a group, a complex or integer parameter, no parameters.
+        ValueError: for an invalid option, a complex or integer parameter, or no parameters; in `step`, for state that does not
+            fit, and on multiple ranks at the first step for weights that differ.
         RuntimeError: in `step`, for a sparse or complex gradient, before anything changes; on multiple ranks also if, at the
-            previous step, a rank failed or only some ranks had a gradient. In `state_dict`, without `consolidate()`.
+            previous step, a rank failed or only some ranks had a gradient. In `state_dict`, on a rank without gathered state.
         FloatingPointError: in `step`, on the max_skipped_steps-th consecutive non-finite step.
 
     A step with a gradient that holds NaN or Inf, or whose squares overflow, is skipped: weights and state do not change. (On an
-    accelerator, for which the host does not wait, gradients count as zero, weights do not change, and the next step counts it.)
-    `events` counts such steps and unusual roots; the logger "shampoo" names the parameters.
+    accelerator the host does not wait: such a step runs with zero gradients, so that averages decay but weights stay, and the
+    next step counts it.) A block whose direction is not finite takes the grafting method's step, or none without grafting.
+    `events` counts both, and roots that could not be computed as usual; the logger "shampoo" names the parameters.
 
     Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
     block_size at least the largest dimension, and merge_dims=False, which keeps small matrices from becoming vectors.

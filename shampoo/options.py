@@ -241,9 +241,9 @@ def overlaps(p: Tensor) -> bool:
 
 
 def check_parameter(p: Tensor, name: str) -> None:
-    """Raise ValueError if a parameter is not dense, real, and floating, overlaps itself, or is a flat one of FSDP1."""
+    """Raise ValueError if a parameter is not dense, real, and floating, overlaps itself, or is a FlatParameter of FSDP1."""
     if getattr(p, "_is_flat_param", False):
-        raise ValueError(f"{name} is a part of several, as FSDP1 makes them; use FSDP2, fully_shard")
+        raise ValueError(f"{name} is an FSDP1 FlatParameter, a part of several parameters; use FSDP2 (fully_shard)")
     if not p.is_floating_point() or p.layout != torch.strided:
         raise ValueError(f"{name} is {p.layout} of {p.dtype}; it must be dense, real and floating")
     if not is_lazy(p) and p.numel() and overlaps(p):

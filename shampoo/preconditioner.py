@@ -15,7 +15,7 @@ from .update import accumulate
 if TYPE_CHECKING:  # options.py imports the table below
     from .options import Options
 
-ROOTS_AT_A_TIME = 2**22  # elements of factors, so that a solver does not need several times the memory of all
+SOLVER_CHUNK = 2**22  # elements of factors, so that a solver does not need several times the memory of all
 
 
 class Kronecker:
@@ -70,7 +70,7 @@ class Kronecker:
         for X, A, Q, p in zip(self.inv_roots, self.factors, self.eigvecs, self.exponents, strict=True):
             if A is None or X is None:
                 continue
-            few, limit = max(1, ROOTS_AT_A_TIME // A[0].numel()), torch.finfo(X.dtype).max
+            few, limit = max(1, SOLVER_CHUNK // A[0].numel()), torch.finfo(X.dtype).max
             for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
                 rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice copies nothing
                 basis = Q[rows] if Q is not None else None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .health import Later
+from .health import HostCopy
 from .state import Bucket
 
 if dist.is_available():
@@ -115,7 +115,7 @@ class Exchange:
         self._sent = torch.zeros(width, dtype=dtype, device=device)
         self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
         self._flags: list[bool] = []  # as in _sent
-        self._differing: Later | None = None  # for each flag, whether ranks differed in it at the newest exchange
+        self._differing: HostCopy | None = None  # for each flag, whether ranks differed in it at the newest exchange
 
     def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield each bucket's index and all ranks' directions for it, given this rank's for all buckets, and its two flags."""
@@ -129,7 +129,7 @@ class Exchange:
             sent.clamp_(torch.finfo(sent.dtype).min, torch.finfo(sent.dtype).max)
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
-        self._differing = Later((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
+        self._differing = HostCopy((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
         rows = rows.to(own[0].dtype)
         of_ranks = (torch.split_with_sizes(row[: sum(n)], n) for row, n in zip(rows, self._lengths, strict=True))
         return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)

@@ -22,7 +22,7 @@ LARGEST_ROOT = 64  # of "newton"
 QR_TOLERANCE = 0.3
 
 
-def power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
+def eigen_power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
     """Return Q (Lambda + eps)^(-p) Q^T for eigenvalues (B, d) and eigenvectors Q (B, d, d).
 
     If rounding made an eigenvalue of a matrix negative, all of its eigenvalues are shifted up until the smallest is 0.
@@ -32,13 +32,13 @@ def power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
 
 
 def eigh(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Return the `power` of all eigenvalues and eigenvectors of A: exact to rounding."""
+    """Return the `eigen_power` of all eigenvalues and eigenvectors of A: exact to rounding."""
     lam, basis = torch.linalg.eigh(A)
-    return power(lam * s, basis, p, eps)
+    return eigen_power(lam * s, basis, p, eps)
 
 
 def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
-    """Return the `power` of the Rayleigh quotients lambda_i = q_i^T A q_i and the basis Q, which follows A.
+    """Return the `eigen_power` of the Rayleigh quotients lambda_i = q_i^T A q_i and the basis Q, which follows A.
 
     With B = Q^T A Q, a basis fits while ||B - diag B||_F <= qr_tolerance ||B||_F; since ||B||_F = ||A||_F, one product A Q
     tells. A basis that does not fit takes one step of orthogonal iteration, Q <- qr(A Q); the first one comes from `eigh`.
@@ -56,7 +56,7 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: flo
         order = lam[turn].argsort(dim=1, descending=True).unsqueeze(1)
         basis = torch.linalg.qr(torch.take_along_dim(AQ[turn], order, dim=2)).Q
         Q[turn], lam[turn] = basis, (basis * (A[turn] @ basis)).sum(dim=1)
-    return power(lam * s, Q, p, eps)
+    return eigen_power(lam * s, Q, p, eps)
 
 
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
 
     A parameter without elements, or a lazy one without a shape yet, is in none.
     """
-    carried, buckets = [Cost(0.0, 0)] * num_ranks, []
+    loads, buckets = [Cost(0.0, 0)] * num_ranks, []
     for group in groups:
         members: dict[tuple[bool, torch.device, torch.dtype], list[Tensor]] = {}
         for p in group["params"]:
@@ -82,7 +82,7 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
         most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
         for (factored, device, dtype), params in most_expensive_first:
             shapes, flops = [tuple(p.shape) for p in params], block_flops(group, factored)
-            layouts, carried = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, carried)
+            layouts, loads = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, loads)
             buckets.append(allocate(group, params, device, dtype, factored, layouts, rank))
     return buckets
 

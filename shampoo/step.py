@@ -10,7 +10,7 @@ from .copies import Inputs, add, chunks, flat_views, flatten, load, spread, stac
 from .due import due_blocks
 from .state import Bucket
 
-GRAFTED_AT_A_TIME = 7 * 2**20  # elements of the grafting method's step: 28 MB, which C's allocator still reuses
+GRAFTING_CHUNK = 7 * 2**20  # elements of the grafting method's step: 28 MB, which C's allocator still reuses
 
 Spread = Callable[[Sequence[float]], Tensor]  # from a value for each parameter to a flat vector
 
@@ -49,7 +49,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     # Directions P = X_L N X_R, at the length of the grafting method's step A
     if bucket.factored and (t >= start or not grafting.sets_length):
         P = N
-        for part, some, lengths in chunks(layout.stacks, GRAFTED_AT_A_TIME):
+        for part, some, lengths in chunks(layout.stacks, GRAFTING_CHUNK):
             V_part, bc2_part = V if V is None else V[part], bc2[part] if isinstance(bc2, Tensor) else bc2
             A = grafting.step(normalized[part], V_part, bc2_part, group["grafting_eps"]).split_with_sizes(lengths)
             for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):

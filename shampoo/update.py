@@ -7,7 +7,7 @@ the details are our reading of it):
     X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                Kronecker.refresh
     M <- beta1 M + (1 - beta1) G                                                      average
     P = X_L M X_R                                                                     Kronecker.apply
-    W <- (1 - lr wd) W - lr P                                                         step.move
+    W <- (1 - lr wd) W - lr P                                                         copies.move
 
 In the paper's letters beta1 is theta, beta2 is beta, lr is eta, wd is lambda, W is X. The competition's submission adds bias
 corrections, NAdam's look-ahead, grafting (`rescale`), and momentum on P.

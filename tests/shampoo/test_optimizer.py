@@ -285,7 +285,7 @@ def test_unknown_options_and_bad_parameters_are_refused():
 def test_flat_parameters_of_fsdp1_are_refused():
     (flat,) = make_params((12,))
     flat._is_flat_param = True  # as FSDP1 marks them: ranks hold different parts of the same shape
-    with pytest.raises(ValueError, match=r"parameter 0 of shape \(12,\) is a part of several.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(12,\) is an FSDP1 FlatParameter.*use FSDP2"):
         AdamWShampoo([flat])
 
 
