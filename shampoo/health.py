@@ -49,9 +49,7 @@ class Health:
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
-        self.norms: list[
-            tuple[list[Tensor], HostCopy]
-        ] = []  # of a step not counted yet: parameters, gradient norms
+        self.norms: list[tuple[list[Tensor], HostCopy]] = []  # of a step not counted yet: parameters, gradient norms
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
         """Return a bool tensor, whether a step's gradients are finite; None if the host can `count` without waiting for it.
