@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .copies import assemble, copy, flat_views, grid_views
-from .options import OPTIONS, Group, check_group, check_value, integer, one_of, parameter_names, plain
+from .group import Group
+from .options import OPTIONS, check_group, check_value, integer, one_of, parameter_names, plain
 from .preconditioner import PRECONDITIONERS
 from .ranks import Ranks
 from .state import Bucket, allocate, make_buckets, moments, tensors

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,52 +11,12 @@ from torch.nn.parameter import is_lazy
 
 from .blocks import merged_shape
 from .grafting import GRAFTING
+from .group import Options
 from .preconditioner import PRECONDITIONERS, block_exponents
 from .roots import SOLVERS
 from .update import LARGEST
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the words for what is
-
-
-class Options(TypedDict):
-    """The options of a parameter group; `AdamWShampoo` documents them."""
-
-    lr: float | Tensor
-    maximize: bool
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decoupled_weight_decay: bool
-    momentum: float
-    nesterov: bool
-    nadam: bool
-    bias_correction: bool
-    block_size: int
-    merge_dims: bool
-    max_dim: int
-    precondition_frequency: int
-    factor_frequency: int
-    start_preconditioning_step: int | None
-    preconditioner: str
-    exponents: float | tuple[float, float] | None
-    exponent_multiplier: float
-    grafting: str
-    grafting_beta2: float | None
-    grafting_eps: float
-    normalized_grafting: bool
-    relative_eps: bool
-    solver: str
-    qr_tolerance: float
-    stagger: bool
-    precondition_vectors: bool
-    bf16_roots: bool
-
-
-class Group(Options):
-    """A parameter group."""
-
-    params: list[Tensor]
-    step: int  # how many steps had a gradient
 
 
 def real(low: float, high: float = inf, *, above: bool = False, below: bool = False) -> Rule:

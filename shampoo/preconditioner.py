@@ -1,19 +1,14 @@
 """What preconditions a stack of blocks (B, d1, ..., dk): one object keeps its matrices, updates them, and applies them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .group import Options
 from .roots import SOLVERS, inverse_root
 from .update import accumulate
-
-if TYPE_CHECKING:  # options.py imports the table below
-    from .options import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors, so that a solver does not need several times the memory of all
 

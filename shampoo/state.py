@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from .assignment import Cost, share_blocks
 from .blocks import Layout, merged_shape
 from .grafting import GRAFTING, Grafting
-from .options import STRUCTURAL, Group
+from .group import Group
+from .options import STRUCTURAL
 from .preconditioner import PRECONDITIONERS, Kronecker, block_exponents
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
