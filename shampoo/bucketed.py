@@ -197,7 +197,8 @@ class BucketedOptimizer(Optimizer):
             )
         packed = checkpoint.pack_state_dict(self.param_groups, entries, self._state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
+            changed = post_hook(self, packed)
+            packed = packed if changed is None else changed
         return packed
 
     @torch.no_grad()
@@ -229,7 +230,8 @@ class BucketedOptimizer(Optimizer):
         """
         state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         found, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
         agree(self._ranks, options.describe(found[0]) if found else [], error)
         self.param_groups, buckets, state = found
