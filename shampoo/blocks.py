@@ -1,9 +1,9 @@
-"""Shapes of blocks and where they lie: merge a parameter's dimensions, cut it, stack blocks of one shape. Integers only.
+"""Merge a parameter's dimensions, cut it into blocks, and stack blocks of one shape. Shapes and offsets only, no tensors.
 
-A block is one preconditioning problem. A grid is equal blocks of one parameter: cutting every dimension into full chunks and a
-remainder gives at most 2^k grids, whatever the number of blocks. All blocks of one shape that a rank owns form a stack
-(B, d1, ..., dk), and all stacks lie end to end in one flat vector, so that elementwise work is one call for all parameters
-and a matrix product one call for all blocks of a shape.
+Each block is preconditioned separately. A grid is the blocks of one parameter that have one shape: cutting each of k dimensions
+into full chunks and a remainder gives at most 2^k grids, however many blocks there are. A layout collects all blocks of one
+shape that a rank owns in a stack (B, d1, ..., dk), and concatenates the stacks in one flat vector, so that elementwise work is
+one call for all parameters and a matrix product is one call for all blocks of a shape.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,24 +13,24 @@ from typing import NamedTuple
 
 
 class Grid(NamedTuple):
-    """Equal blocks of one parameter: along dimension d, `counts[d]` blocks of size `block[d]`, beginning at `start[d]`."""
+    """Blocks of one shape in a parameter: along dimension d, `counts[d]` blocks of size `block[d]`, starting at `start[d]`."""
 
     start: tuple[int, ...]
     counts: tuple[int, ...]
     block: tuple[int, ...]
     param: int = 0  # index of the parameter in the layout
-    number: int = 0  # of the grid among those of the parameter
-    first: int = 0  # index of the first block in the grid before it was split among ranks, in row-major order
-    row: int = 0  # index of the first block in its stack
+    number: int = 0  # index of the grid among the parameter's grids
+    first: int = 0  # row-major index of the first block in the grid before `split`
+    row: int = 0  # row of the first block in its stack
 
     @property
     def size(self) -> int:
-        """The number of blocks, prod(counts)."""
+        """Number of blocks, prod(counts)."""
         return prod(self.counts)
 
 
 class View(NamedTuple):
-    """How to view a grid's blocks (*counts, *block) in a contiguous parameter, with `as_strided`."""
+    """Arguments of `as_strided` that view a grid's blocks in a contiguous parameter, as (*counts, *block)."""
 
     param: int
     shape: tuple[int, ...]
@@ -39,22 +39,22 @@ class View(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the blocks of one rank lie in its flat vector."""
+    """Where one rank's blocks are in its flat vector."""
 
     shapes: list[tuple[int, ...]]  # merged shape of each parameter
     stacks: tuple[tuple[int, ...], ...]  # (B, d1, ..., dk) of each stack, in the order of the flat vector
-    grids: list[list[Grid]]  # of each stack, in the order of its rows
+    grids: list[list[Grid]]  # of each stack, in row order
     views: list[View]  # of each grid, in the order of the flat vector
     lengths: list[int]  # elements of each grid, in the same order
     numel: int  # elements of the flat vector
-    params: list[list[int]]  # for each stack and row, the parameter that the block belongs to
+    params: list[list[int]]  # index of the parameter that each block belongs to: [stack][row]
 
 
 def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    """Drop dimensions of size 1, then multiply each dimension into the one before it while the product is <= block_size.
+    """Drop dimensions of size 1, then merge each dimension into the one before it while their product is <= block_size.
 
-    A shape with nothing left, or a scalar's, becomes (1,). With block_size 1024: (64, 64, 3, 3) -> (64, 576),
-    (512, 512, 3, 3) -> (512, 512, 9). Source: the competition's submission.
+    Return (1,) if no dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), (512, 512, 3, 3) -> (512, 512, 9).
+    Source: the Shampoo submission to the AlgoPerf competition.
     """
     merged: list[int] = []
     for size in shape:
@@ -68,14 +68,14 @@ def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
 
 
 def merged_shape(shape: tuple[int, ...], block_size: int, merge: bool) -> tuple[int, ...]:
-    """Return the shape in which a parameter is cut: that of `merge_dims`, or its own; (1,) for a scalar."""
+    """Return the shape that `cut` takes: `merge_dims` of this shape if `merge`, otherwise this shape; (1,) for a scalar."""
     return merge_dims(shape, block_size) if merge else tuple(shape) or (1,)
 
 
 def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
     """Cut every dimension into chunks of block_size; the last chunk is the remainder (1280 -> 1024 + 256).
 
-    Returns grids in row-major order of their starts; none for a shape without elements.
+    Return the grids in row-major order of their starts, or [] for a shape without elements.
     """
     chunks = []  # for each dimension: (start, number of chunks, size of a chunk)
     for size in shape:
@@ -89,14 +89,14 @@ def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
 
 
 def split(grid: Grid) -> list[Grid]:
-    """Return each block of a grid as a grid of its own, in row-major order."""
+    """Return each block of a grid as its own grid, in row-major order."""
     starts = product(*(range(x, x + n * b, b) for x, n, b in zip(grid.start, grid.counts, grid.block, strict=True)))
     ones = (1,) * len(grid.block)
     return [grid._replace(start=start, counts=ones, first=i) for i, start in enumerate(starts)]
 
 
 def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
-    """Return the layout of these grids of parameters of these merged shapes: one stack for each shape of a block."""
+    """Return the layout of grids cut from parameters of these merged shapes, with one stack per block shape."""
     stacks: dict[tuple[int, ...], list[Grid]] = {}
     rows: dict[tuple[int, ...], int] = {}
     for grid in grids:
@@ -111,8 +111,8 @@ def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
 
 
 def view(grid: Grid, shape: tuple[int, ...]) -> View:
-    """Return how to view the grid's blocks in a contiguous parameter of this merged shape."""
+    """Return the `View` of a grid's blocks in a contiguous parameter of this merged shape."""
     stride = tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1]
-    between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # from block to block
+    between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # strides between blocks
     offset = sum(first * step for first, step in zip(grid.start, stride, strict=True))
     return View(grid.param, grid.counts + grid.block, between + stride, offset)

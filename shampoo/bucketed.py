@@ -1,4 +1,4 @@
-"""A torch optimizer whose state is in buckets: its groups, `state`, and checkpoints, on any number of ranks."""
+"""A torch optimizer with state in buckets: parameter groups, `state`, and checkpoints, on any number of ranks."""
 
 import warnings
 from collections import defaultdict
@@ -16,7 +16,7 @@ from .ranks import Exchange, agree, attempt, check_exchanges, find_ranks, make_e
 from .shown import Shown
 from .state import Bucket, make_buckets, signature
 
-# Attributes that pickle and deepcopy keep, beside torch's.
+# Attributes that pickle and deepcopy keep, besides torch's.
 KEPT = (
     "_ranks", "_exchange_dtype", "_health", "_buckets", "_removed", "_shown", "_exchanges", "_consolidated", "_initialized",
     "_compared", "_signature",
@@ -24,10 +24,10 @@ KEPT = (
 
 
 class BucketedOptimizer(Optimizer):
-    """Groups and state of `AdamWShampoo`, as torch's users expect them.
+    """Base class of `AdamWShampoo`: `param_groups`, `state`, and state_dicts, which behave as in torch's optimizers.
 
-    The buckets follow the groups: what stands in the groups is trained, with the options that it has there. `state` shows each
-    parameter's state (see `Shown`), and what users change or delete there takes effect at the next step.
+    State is stored in buckets (see `Bucket`). Parameters and options may be changed in `param_groups`, and state in `state`
+    (see `Shown`); at the next step, the buckets are rebuilt if necessary, and keep the state that fits.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class BucketedOptimizer(Optimizer):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
         self._buckets: list[Bucket] = []
-        self._signature: list[Any] = []  # what the buckets were made for
-        self._removed: dict[Tensor, dict[str, Any]] = {}  # state of parameters that were taken out of their groups
-        self._shown: Shown | None = None  # in `state`, once a user has looked there
-        self._exchanges: list[Exchange] = []  # on multiple ranks
-        self._consolidated: dict[Tensor, dict[str, Any]] | None = None  # the state of all ranks, until the next step
+        self._signature: list[Any] = []  # `signature` of the groups that the buckets were made for
+        self._removed: dict[Tensor, dict[str, Any]] = {}  # state of parameters removed from the groups, in case they return
+        self._shown: Shown | None = None  # what `state` shows, once it has been read
+        self._exchanges: list[Exchange] = []  # [] on one rank
+        self._consolidated: dict[Tensor, dict[str, Any]] | None = None  # the gathered state of all ranks, until the next step
         self._initialized = self._compared = False
         _, error = attempt(self._initialize, params, defaults)
         own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
@@ -59,11 +59,11 @@ class BucketedOptimizer(Optimizer):
         self._update_buckets()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; missing options take the optimizer's defaults. Raises ValueError as the constructor does.
+        """Add a parameter group; missing options take the optimizer's defaults. Raises ValueError as the constructor does.
 
-        On multiple ranks, call it on all, with the same group.
+        On multiple ranks, call it on all ranks with the same group. After an error on any rank, no rank has the group.
         """
-        if not self._initialized:  # the constructor's ranks agree on all groups at once
+        if not self._initialized:  # in the constructor, which compares all groups between ranks at once
             self._add(param_group)
             return
         check_exchanges(self._exchanges)
@@ -71,7 +71,7 @@ class BucketedOptimizer(Optimizer):
         _, error = attempt(self._add, param_group)
         try:
             agree(self._ranks, options.describe(self.param_groups), error)
-        except Exception:  # an error on any rank: all ranks drop the group
+        except Exception:  # on any rank, so all ranks drop the group
             del self.param_groups[number:]
             raise
         self._update_buckets()
@@ -91,10 +91,10 @@ class BucketedOptimizer(Optimizer):
             group["start_preconditioning_step"] = group["precondition_frequency"]
 
     def _update_buckets(self) -> None:
-        """Make the buckets anew if parameters or options that decide which state there is changed, or users changed `state`.
+        """Rebuild the buckets if their `signature` (parameters and some options) changed, or users changed `state`.
 
-        What fits is kept; a new parameter starts at zero. On multiple ranks a collective then. Raises ValueError for what does
-        not fit, and leaves the buckets as they were.
+        State that fits is kept, and new parameters start at zero. If there is a change, this is a collective. Raises ValueError
+        if state does not fit, and leaves the buckets unchanged.
         """
         groups: Any = self.param_groups
         if signature(groups) == self._signature and not (self._shown and self._shown.changed(self._state)):
@@ -116,7 +116,7 @@ class BucketedOptimizer(Optimizer):
         self._removed = {p: entry for p, entry in entries.items() if p not in params}
 
     def _install(self, buckets: list[Bucket]) -> None:
-        """Take new buckets, which fit the groups."""
+        """Replace the buckets by new ones, which must fit the groups."""
         self._hide()
         self._buckets, self._signature = buckets, signature(self.param_groups)  # type: ignore[arg-type]
         self._consolidated = None
@@ -129,7 +129,11 @@ class BucketedOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """The state of each parameter, as in torch's optimizers. On multiple ranks, `step` alone until it is consolidated."""
+        """State of each parameter, as in torch's optimizers.
+
+        On multiple ranks, it is complete before the first step, and from `consolidate_state_dict()` to the next step on ranks
+        that it gathers to; otherwise, it has only `step`.
+        """
         if self._initialized:
             if self._ranks.size == 1:
                 self._update_buckets()
@@ -142,7 +146,7 @@ class BucketedOptimizer(Optimizer):
     @state.setter
     def state(self, value: defaultdict[Any, Any]) -> None:
         if self._initialized:
-            _ = self.state  # what is shown now and not in the new value is reset
+            _ = self.state  # show the state, so that parameters missing in the new value are reset
         self._state = value
 
     def _names(self) -> dict[Tensor, str]:
@@ -153,9 +157,9 @@ class BucketedOptimizer(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _start_step(self) -> None:
-        """Raise pending errors, follow changes of groups and state, and on multiple ranks forget gathered state.
+        """Raise pending errors, apply changes of groups and state, and on multiple ranks drop gathered state.
 
-        At the first step on multiple ranks, raise ValueError unless they have equal replicated parameters.
+        At the first step on multiple ranks, raise ValueError if the `checksum` of a parameter that is no DTensor differs.
         """
         check_exchanges(self._exchanges)
         self._health.count(self._names)
@@ -169,7 +173,7 @@ class BucketedOptimizer(Optimizer):
                 self._compared = True
 
     def _gathered(self) -> dict[Tensor, dict[str, Any]] | None:
-        """Return each parameter's state; on multiple ranks what was consolidated, or zeros before the first step, or None."""
+        """Return each parameter's state; on multiple ranks, zeros before the first step, then the gathered state, or None."""
         if self._ranks.size == 1:
             return checkpoint.pack([[bucket] for bucket in self._buckets])
         if self._consolidated is None and not any(any(bucket.steps) for bucket in self._buckets):
@@ -179,10 +183,11 @@ class BucketedOptimizer(Optimizer):
         return self._consolidated if signature(self.param_groups) == self._signature else None  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return options and state per parameter, as in torch's optimizers; `checkpoint` lists the keys. deepcopy to keep it.
+        """Return options and state per parameter, as in torch's optimizers; the module `checkpoint` lists the keys.
 
-        On multiple ranks, the state is what `consolidate_state_dict()` gathered, on the CPU, or zeros before the first step.
-        Raises RuntimeError on a rank without it.
+        Later steps change its tensors, so deepcopy it to keep it. On multiple ranks, the state is what
+        `consolidate_state_dict()` gathered, on the CPU, or zeros before the first step. Raises RuntimeError on a rank without
+        gathered state.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -193,7 +198,7 @@ class BucketedOptimizer(Optimizer):
             raise RuntimeError(
                 f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call "
                 "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
-                "for torch.distributed.checkpoint call consolidate_state_dict(to=None) on all ranks, also before loading"
+                "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
             )
         packed = checkpoint.pack_state_dict(self.param_groups, entries, self._state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -203,10 +208,11 @@ class BucketedOptimizer(Optimizer):
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Gather the state of all ranks for `state_dict()` on the CPU of rank `to` of the process group, or of all if None.
+        """Gather all ranks' state for `state_dict()` on the CPU of rank `to` of the process group, or of all ranks if None.
 
-        A collective: all ranks must call it. The result is kept until the next step. On one rank it does nothing. Raises
-        ValueError if `to` is invalid or ranks differ in it, in options, or in steps; RuntimeError as `step` does.
+        A collective: all ranks must call it. The result is kept until the next step. With one rank, there is nothing to gather.
+        Raises ValueError if `to` is invalid, or if ranks differ in `to`, parameters, options, or steps, and RuntimeError if
+        another rank fails, or as `step` does if ranks differed at the last step.
         """
         check_exchanges(self._exchanges)
         _, error = attempt(options.check_value, "to", to, options.one_of(None, *range(self._ranks.size)))
@@ -218,15 +224,16 @@ class BucketedOptimizer(Optimizer):
             self._consolidated = checkpoint.pack(shards) if shards or to in (None, self._ranks.rank) else None
 
     def consolidate(self, to: int | None = 0) -> None:
-        """Call `consolidate_state_dict`, under its former name."""
+        """Call `consolidate_state_dict`. Deprecated: this is its former name."""
         warnings.warn("consolidate() is now consolidate_state_dict()", DeprecationWarning, stacklevel=2)
         self.consolidate_state_dict(to)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of a `state_dict()`, options included, as torch does. On ValueError, the optimizer is unchanged.
+        """Load a copy of a `state_dict()`, including options, as torch does. On ValueError, the optimizer is unchanged.
 
-        A collective: all ranks must call it, with the same state_dict.
+        A collective: all ranks must call it, with the same state_dict. Raises ValueError for a state_dict that does not fit,
+        and if options differ between ranks, and RuntimeError if another rank fails.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -241,7 +248,7 @@ class BucketedOptimizer(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def __getstate__(self) -> dict[str, Any]:  # torch keeps only defaults, groups, and state
+    def __getstate__(self) -> dict[str, Any]:  # torch's keeps only defaults, groups, and state
         if self._ranks.size > 1:
             raise RuntimeError(
                 "an optimizer on multiple ranks cannot be pickled or copied: use consolidate_state_dict() and state_dict()"

@@ -1,10 +1,11 @@
-"""State of buckets <-> state per parameter, as `state_dict()` holds it and `optimizer.state` shows it.
+"""Convert the state of buckets to state per parameter, for `state_dict()` and `optimizer.state`, and back.
 
-Each parameter has `step`, the number of its gradients; the moments in use (`exp_avg`, `exp_avg_sq`, `momentum_buffer`) in its
-shape; and for grid n and dimension d `factors.n.d`, `inv_roots.n.d`, and with solver "qr" `eigvecs.n.d`, all (blocks, size,
-size). Keys do not depend on how blocks are stacked or which rank owns them. Other keys are foreign, and are kept.
+Each parameter has `step`, the number of steps in which it had a gradient, and the moments in use (`exp_avg`, `exp_avg_sq`,
+`momentum_buffer`), in its shape. For grid n (see `blocks`) and dimension d, both from 0, it has `factors.n.d`, `inv_roots.n.d`,
+and with solver "qr" `eigvecs.n.d`, each (blocks, size, size). Keys do not depend on how blocks are stacked or which rank owns
+them. Other keys are foreign: they are kept unchanged.
 
-Version 1 had no `step` of parameters: they counted the steps of their group.
+In version 1, parameters have no `step`, and take that of their group.
 """
 
 from collections import Counter
@@ -25,14 +26,14 @@ from .ranks import Ranks
 from .state import Bucket, allocate, make_buckets, moments, tensors
 
 VERSION = 2
-ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that state_dicts of version 1 may lack
-MAY_START_LATE = ("momentum_buffer", "eigvecs")  # when an option changes
+ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that a state_dict may lack
+MAY_START_LATE = ("momentum_buffer", "eigvecs")  # state that may be missing after a change of options, and then starts at zero
 
-Entry = dict[str, Any]  # the state of a parameter
+Entry = dict[str, Any]  # state of a parameter
 
 
 def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
-    """Yield parameter, key, rows of what is saved, and a view of the blocks, for each grid and tensor of a preconditioner."""
+    """Yield (parameter index, key, rows in the saved tensor, view of these rows in the bucket) for each tensor and grid."""
     for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
         for name, d, X in preconditioner.tensors():
             for grid in grids:
@@ -41,7 +42,7 @@ def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
 
 
 def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Bucket]:
-    """Return a bucket like this one for each rank, all zeros."""
+    """Return each rank's counterpart of this bucket, all zeros, on `device`."""
     return [
         allocate(bucket.group, bucket.params, device, bucket.dtype, bucket.factored, bucket.layouts, r)
         for r in range(ranks.size)
@@ -49,7 +50,10 @@ def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Buck
 
 
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
-    """Return for each bucket those of all ranks, on the CPU of rank `to`, or of all if None; elsewhere []. A collective."""
+    """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective.
+
+    Return found[bucket][rank] there, and [] on other ranks.
+    """
     receives = to in (None, ranks.rank)
     collected = []
     for own in buckets:
@@ -64,7 +68,10 @@ def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[lis
 
 
 def transfer(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
-    """Copy the owner's tensor, `source` there, to X on rank `to`, or on all if None, through a device with collectives."""
+    """Copy `source` on rank `owner` to X on rank `to`, or on all ranks if None; other ranks pass None as `source`.
+
+    The tensor is sent between ranks on `device`, which the process group's backend must support; X may be on another device.
+    """
     if to is None:
         buffer = torch.empty_like(X, device=device) if source is None else source
         dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
@@ -80,9 +87,9 @@ def transfer(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ra
 
 
 def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]:
-    """Return the state of each parameter, given all ranks' buckets for each bucket.
+    """Return the state of each parameter, given the counterparts of each bucket on all ranks: buckets[bucket][rank].
 
-    Views of the live state where it lies in one piece, otherwise copies.
+    Tensors are views of the buckets where they are contiguous there, otherwise copies; `step` is always a copy.
     """
     state: dict[Tensor, dict[str, Tensor]] = {}
     for shards in buckets:
@@ -104,7 +111,7 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
 def pack_state_dict(
     groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, Entry], state: Mapping[Any, Entry]
 ) -> dict[str, Any]:
-    """Return a state_dict of groups, each parameter's state, and foreign keys in `state`; parameters become their index."""
+    """Return the state_dict of groups, each parameter's entry, and foreign keys of `state`, with parameters as indices."""
     index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
     packed = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
     others = {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
@@ -121,24 +128,24 @@ def pack_state_dict(
 def unpack(
     buckets: Sequence[Bucket], saved: Mapping[Tensor, Entry], names: dict[Tensor, str], late: Sequence[str] = ()
 ) -> None:
-    """Copy the state of each parameter into new buckets, keeping their dtypes; a parameter with an empty entry starts at zero.
+    """Copy the state of each parameter into new buckets, converted to their dtypes.
 
-    Raises ValueError, naming the parameter, if something is missing, has another shape, or cannot be. `late`: names of what may
-    be missing and then starts at zero.
+    A parameter without an entry, or with an empty one, starts at zero, and so does missing state whose name is in `late`.
+    Raises ValueError, naming the parameter, if other state is missing, or if any has the wrong type, shape, or values.
     """
 
     def find(p: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a parameter's saved tensor, checked."""
+        """Return a parameter's saved tensor. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
         if X is None and key.split(".")[0] in late:
             return torch.zeros(shape)
         words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
         if X is None:
-            raise ValueError(f"{words}a tensor; it is another optimizer's, or of other options: it holds {', '.join(saved[p])}")
+            raise ValueError(f"{words}a tensor; is it another optimizer's, or of other options? It has {', '.join(saved[p])}")
         if not isinstance(X, Tensor) or X.shape != shape or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
-            raise ValueError(f"{words}dense and real and have shape {shape}")
+            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}")
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
-            raise ValueError(f"{words}finite{' and not negative' if key == 'exp_avg_sq' else ''}")
+            raise ValueError(f"{words}finite{' and nonnegative' if key == 'exp_avg_sq' else ''}")
         return X
 
     for bucket in buckets:
@@ -149,7 +156,7 @@ def unpack(
         for name, flat in moments(bucket):
             found = [find(p, name, tuple(p.shape)).contiguous() if kept[i] else None for i, p in enumerate(bucket.params)]
             copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, found))
-        count: Counter[tuple[int, str]] = Counter()  # of the blocks of each grid, over all ranks
+        count: Counter[tuple[int, str]] = Counter()  # blocks of each grid, over all ranks
         for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
             count[grid.param, str(grid.number)] += grid.size
         for i, key, rows, X in saved_blocks(bucket):
@@ -160,7 +167,7 @@ def unpack(
 
 
 def lookup(entry: Any, key: str) -> Any:
-    """Return an entry's value for a key, or None; torch.distributed.checkpoint nests dictionaries where keys have dots."""
+    """Return an entry's value for a key, or None. Keys with dots may be nested, as torch.distributed.checkpoint leaves them."""
     if key in entry:
         return entry[key]
     for part in key.split("."):
@@ -169,7 +176,7 @@ def lookup(entry: Any, key: str) -> Any:
 
 
 def describe_tensor(X: Any) -> str:
-    """Return the words for what an entry holds."""
+    """Return a description of a value in an entry, for error messages."""
     if not isinstance(X, Tensor):
         return "nothing" if X is None else repr(X)
     kind = "" if X.layout == torch.strided and not X.is_meta else f"{X.layout} on {X.device} of "
@@ -177,7 +184,7 @@ def describe_tensor(X: Any) -> str:
 
 
 def read_steps(step: Any, name: str) -> int:
-    """Return a parameter's number of steps. Raises ValueError unless it is a whole number, plain or in a tensor."""
+    """Return `step` as an int. Raises ValueError unless it is an integer in [0, 2^53), or a one-element tensor of one."""
     number = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**53 or number != int(number):
         raise ValueError(f"the state of {name} holds {describe_tensor(step)} for step; it must be an integer >= 0")
@@ -185,7 +192,7 @@ def read_steps(step: Any, name: str) -> int:
 
 
 def is_own(bucket: Bucket, key: Any) -> bool:
-    """Return whether a key of an entry is the optimizer's; others are foreign."""
+    """Return whether a key of an entry is the optimizer's own, and not foreign."""
     names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
     return str(key).split(".")[0] in names
 
@@ -193,9 +200,9 @@ def is_own(bucket: Bucket, key: Any) -> bool:
 def read(
     state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
 ) -> tuple[list[Group], list[Bucket], dict[Any, Entry]]:
-    """Return the groups of a state_dict, a rank's buckets with its state, and foreign state by parameter or other key.
+    """Return the groups of a state_dict, this rank's buckets with its state, and foreign state by parameter or other key.
 
-    Raises ValueError for a state_dict that does not fit.
+    Raises ValueError if the state_dict does not fit `groups`, the optimizer's.
     """
     found, state = match_groups(state_dict, groups)
     names, buckets = parameter_names(found), make_buckets(found, ranks.rank, ranks.size)
@@ -203,7 +210,7 @@ def read(
     for bucket, p in members:
         if not state.get(p) and p.requires_grad:  # torch.distributed.checkpoint leaves out the state of frozen parameters
             raise ValueError(
-                f"the state of {names[p]} is missing: the state_dict has no step, {', '.join(dict(moments(bucket)))}"
+                f"the state_dict has no state for {names[p]}; it must have step, {', '.join(dict(moments(bucket)))}"
             )
     unpack(buckets, state, names)
     for bucket, p in members:
@@ -213,9 +220,10 @@ def read(
 
 
 def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, Entry]]:
-    """Return the groups with the options of a state_dict, and its state by parameter, or other keys as they are.
+    """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
 
-    Raises ValueError for another version, for other groups or none, and for options that are missing or out of range.
+    Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,
+    and for options that are missing or out of range.
     """
     try:
         saved, entries = list(state_dict["param_groups"]), {key: dict(entry) for key, entry in state_dict["state"].items()}
@@ -226,7 +234,7 @@ def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
         entries.update({key: entries.get(key, {}) for key in chain(*keys)})
         version = state_dict.get("version", VERSION if any("step" in entry for entry in entries.values()) else 1)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"this is no state_dict of an optimizer: {error!r} when looking for param_groups and state") from error
+        raise ValueError(f"not an optimizer's state_dict: reading param_groups and state raised {error!r}") from error
     check_value("the state_dict's version", version, one_of(*range(1, VERSION + 1)))
     sizes, expected = [len(of_group) for of_group in keys], [len(group["params"]) for group in groups]
     if sizes != expected:

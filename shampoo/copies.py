@@ -1,4 +1,4 @@
-"""Parameters <-> flat vectors <-> stacks: the views and copies between them. `blocks` says what lies where."""
+"""Convert between parameters, flat vectors, and stacks, by views and copies. `blocks.Layout` says where each block is."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -19,18 +19,18 @@ def stack_views(stacks: Sequence[tuple[int, ...]], flat: Tensor) -> list[Tensor]
 
 
 def flatten(stacks: Sequence[Tensor]) -> Tensor:
-    """Return a new flat vector, the inverse of `stack_views`."""
+    """Concatenate stacks into a new flat vector, the inverse of `stack_views`."""
     return torch.cat([stack.flatten() for stack in stacks])
 
 
 def flat_views(layout: Layout, flat: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return views of a flat vector as its grids (*counts, *block), without those of parameters for which tensors has None."""
+    """Return a view (*counts, *block) of each grid in a flat vector, skipping parameters whose tensor in `tensors` is None."""
     parts = zip(torch.split_with_sizes(flat, layout.lengths), layout.views, strict=True)
     return [part.view(view.shape) for part, view in parts if tensors[view.param] is not None]
 
 
 def grid_views(layout: Layout, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return views of the same grids within contiguous tensors, one for each parameter and of its shape; none of a None."""
+    """Return views of the same grids in `tensors`: per parameter, a contiguous tensor of its shape, or None to skip it."""
     return [
         X.as_strided(shape, stride, X.storage_offset() + offset)
         for param, shape, stride, offset in layout.views
@@ -39,13 +39,13 @@ def grid_views(layout: Layout, tensors: Sequence[Tensor | None]) -> list[Tensor]
 
 
 def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source into its target; lists may be empty."""
+    """Copy each source into its target. The lists may be empty."""
     if targets:
         torch._foreach_copy_(targets, sources)
 
 
 def add(targets: list[Tensor], sources: list[Tensor], scale: float) -> None:
-    """X <- X + scale Y in place for each target X and source Y; lists may be empty."""
+    """X <- X + scale Y in place for each target X and source Y. The lists may be empty."""
     if targets:
         torch._foreach_add_(targets, sources, alpha=scale)
 
@@ -53,9 +53,9 @@ def add(targets: list[Tensor], sources: list[Tensor], scale: float) -> None:
 def load(
     layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return a new flat vector of the tensors, one for each parameter and of its shape, and its `flat_views`.
+    """Copy tensors, one per parameter and of its shape, into a new flat vector; return it and its `flat_views`.
 
-    Zeros where a tensor is None.
+    Elements of parameters whose tensor is None are 0.
     """
     found, complete = [], True
     for X in tensors:
@@ -68,7 +68,7 @@ def load(
 
 
 def spread(layout: Layout, values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a new flat vector that has a parameter's value at each of its elements."""
+    """Return a new flat vector in which each element has the value of its parameter."""
     flat = torch.empty(layout.numel, dtype=dtype, device=device)
     for part, view in zip(torch.split_with_sizes(flat, layout.lengths), layout.views, strict=True):
         part.fill_(values[view.param])
@@ -76,9 +76,9 @@ def spread(layout: Layout, values: Sequence[float], dtype: torch.dtype, device: 
 
 
 def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]:
-    """Return a tensor of its merged shape for each parameter, given all ranks' flat vectors: the inverse of `load`.
+    """Return each parameter's tensor in its merged shape, given all ranks' flat vectors: the inverse of `load`.
 
-    A view where a parameter lies in one piece; otherwise a copy.
+    The tensor is a view if the parameter is contiguous in a single rank's flat vector; otherwise it is a copy.
     """
     found: list[Tensor | None] = [None] * len(layouts[0].shapes)
     if len(layouts) == 1:
@@ -93,9 +93,9 @@ def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]
 
 @cache
 def chunks(stacks: tuple[tuple[int, ...], ...], numel: int) -> list[tuple[slice, slice, list[int]]]:
-    """Return chunks of consecutive stacks with at most `numel` elements, or of one stack.
+    """Split the stacks into runs of at most `numel` elements; a larger stack is a run of its own.
 
-    For each its slice of the flat vector, of the stacks, and the number of elements of each stack.
+    Return for each run its slice of the flat vector, its slice of the list of stacks, and the number of elements per stack.
     """
     lengths = list(map(prod, stacks))
     ends, found, first = list(accumulate(lengths, initial=0)), [], 0
@@ -107,18 +107,18 @@ def chunks(stacks: tuple[tuple[int, ...], ...], numel: int) -> list[tuple[slice,
 
 
 class Inputs(NamedTuple):
-    """What a step reads of a bucket's parameters; None for a parameter without a gradient."""
+    """Gradients and weights of a bucket's parameters, as a step reads them."""
 
-    grads: list[Tensor | None]  # full
-    views: list[list[Tensor]]  # of each rank's grids within the weights, where decay reads them or they are updated in place
-    in_place: bool  # whether the views are of the parameters themselves
+    grads: list[Tensor | None]  # of each parameter, None if it has none; DTensors gathered
+    views: list[list[Tensor]]  # of each rank's grids in the weights, for decay and updates in place; none without a gradient
+    in_place: bool  # whether the views share memory with the parameters, so that updating them updates the weights
 
 
 def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> Inputs:
-    """Return the gradients of parameters, and their weights if decay needs them or views can update them.
+    """Return the gradients of parameters, and views of their weights where decay or updates in place need them.
 
-    A collective for each DTensor, even for one that has a gradient on other ranks alone. Read all buckets before anything that
-    may fail on one rank, so that no rank waits for one that failed.
+    A collective for each DTensor, even if only other ranks have its gradient. Call it for all buckets before anything that may
+    fail on one rank alone, so that no rank waits for one that failed.
     """
     grads: list[Tensor | None] = []
     weights: list[Tensor | None] = []
@@ -129,7 +129,7 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
             try:
                 G, W, plain = full_gradient(p), full_tensor(p) if decay else p, False
             except Exception as error:
-                failure = error  # raised below: other ranks wait for the collectives that follow
+                failure = error  # raised below, after the collectives of the other parameters, in which other ranks wait
         grads.append(G)
         weights.append(W.contiguous() if G is not None and (plain or decay) else None)
         in_place = in_place and (plain or G is None)
@@ -141,7 +141,7 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
 def move(
     params: Sequence[Tensor], layouts: Sequence[Layout], inputs: Inputs, directions: list[list[Tensor]], lr: float
 ) -> None:
-    """W <- W - lr P for parameters that have a gradient, given the `flat_views` of all ranks' directions P."""
+    """W <- W - lr P in place for each parameter with a gradient; `directions` are the `flat_views` of each rank's P."""
     parts = list(chain.from_iterable(directions))
     if inputs.in_place:
         add(list(chain.from_iterable(inputs.views)), parts, -lr)
@@ -157,13 +157,13 @@ def move(
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, a collective on its mesh; any other tensor unchanged."""
+    """Gather a DTensor, a collective on its mesh; return any other tensor unchanged."""
     full: Tensor = getattr(x, "full_tensor", lambda: x)()
     return full
 
 
 def full_gradient(p: Tensor) -> Tensor | None:
-    """Return the full gradient, or None without one. A collective for a DTensor, even if only other ranks have a gradient."""
+    """Return p.grad, or None. A DTensor is gathered: a collective, even if only other ranks have a gradient."""
     if not hasattr(p, "full_tensor"):
         return p.grad
     full = full_tensor(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -171,11 +171,11 @@ def full_gradient(p: Tensor) -> Tensor | None:
 
 
 def add_full(x: Tensor, update: Tensor) -> None:
-    """x <- x + update, given the full update; of a DTensor each rank adds to its own part."""
+    """x <- x + update in place, for an update of x's full shape; if x is a DTensor, each rank updates its own shard."""
     if not hasattr(x, "full_tensor"):
         x.add_(update)
         return
-    from torch.distributed.tensor import DTensor, Replicate  # takes 1.5 s, which only users of DTensors pay
+    from torch.distributed.tensor import DTensor, Replicate  # slow (1.5 s), so import it only for DTensors
 
     mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
     replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -188,7 +188,10 @@ def is_sharded(x: Tensor) -> bool:
 
 
 def checksum(x: Tensor) -> int:
-    """Return an integer that depends on every bit of x and on its place."""
+    """Return sum_ij (i + j) b_ij over i, j >= 1, to tell different tensors apart; 0 for an empty tensor.
+
+    b is x with its bits as integers, and all dimensions but the first flattened.
+    """
     bits = x.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
     rows = bits.reshape(x.shape[0] if x.dim() else 1, -1)
     sums = [rows.sum(dim=d, dtype=torch.int64) for d in (0, 1)]

@@ -1,14 +1,14 @@
-"""What a step did, in plain numbers for each parameter, and the same for TensorBoard.
+"""Compute metrics of the last step for each parameter, and log them to TensorBoard.
 
     before = weights(optimizer)
     optimizer.step()
-    figures = diagnostics(optimizer, before)  # before the next zero_grad()
+    metrics = diagnostics(optimizer, before)  # before the next zero_grad()
 
-Nothing is computed or kept unless these are called. A call computes the singular values of each gradient and the eigenvectors
-of each factor in float64: it costs more than a refresh of all roots, and waits for the device.
+Without calls, there is no cost. A call computes the singular values of each gradient and the eigendecomposition of each factor
+in float64: it costs more than a refresh of all roots, and waits for the device.
 
-The optimizer does not keep its last direction, and a scheduler may have changed the learning rate since. For the length of the
-update, pass the weights from before the step: it then includes decay, momentum, and rounding.
+The norm of an update needs the weights from before the step, since the optimizer does not keep its last direction. The update
+includes decay, momentum, and rounding.
 """
 
 from collections import defaultdict
@@ -29,26 +29,27 @@ Figures = dict[str, float]
 
 
 def weights(optimizer: AdamWShampoo) -> list[Tensor]:
-    """Return a copy of each parameter, in the optimizer's order."""
+    """Return a copy of each parameter, in the order of the optimizer's groups."""
     return [p.detach().clone() for p in optimizer._params()]
 
 
 @torch.no_grad()
 def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> dict[str, Figures]:
-    """Return the figures of the newest step for each parameter, by its name, or "parameter I of shape ..." if it has none.
+    """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." without names.
 
-    `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. "optimizer" has the steps
-    taken and skipped, and the roots rescued (see `health`), since it was made.
+    These are `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. The key
+    "optimizer" has `steps`, the largest step count of the groups, which checkpoints restore, and `steps_skipped` and
+    `roots_rescued` (see `health`), which count from the construction of the optimizer and are not in state_dicts.
 
-    `before` holds the weights before the step; without it no update is reported. Raises ValueError if it does not fit.
-    On multiple ranks, each reports the parameters of which it owns a block, and the factors of its own blocks alone. DTensors
-    are gathered: with them, all ranks must call it.
+    `before` is `weights(optimizer)` from before the step; without it, update metrics are left out. Raises ValueError if its
+    shapes are not those of the parameters. On multiple ranks, each rank reports the parameters of which it owns a block, with
+    factor metrics of its own blocks only. DTensors are gathered: with them, all ranks must call this.
     """
     params = optimizer._params()
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
         raise ValueError(
-            f"before holds tensors of the shapes {[tuple(W.shape) for W in before]}; it must hold a copy of each of the "
-            f"optimizer's {len(params)} parameters from before the step, as weights(optimizer) gives"
+            f"before holds tensors of shapes {[tuple(W.shape) for W in before]}; it must hold a copy of each of the "
+            f"optimizer's {len(params)} parameters from before the step, as weights(optimizer) returns"
         )
     earlier = dict(zip(params, before, strict=True)) if before is not None else {}
     figures: dict[Tensor, Figures] = {}
@@ -67,19 +68,21 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
 
 
 def names(optimizer: AdamWShampoo) -> list[str]:
-    """Return the name of each parameter; without names, its index among all and its shape."""
+    """Return the name of each parameter; without names, "parameter I of shape ...", with its index among all parameters."""
     given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     everything = {"params": optimizer._params()}
     return given or [parameter_name(everything, i) for i in range(len(everything["params"]))]
 
 
 def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
-    """Return ||G||_F, ||G||_*, and nuclear_ratio = ||G||_* / (sqrt(min(m, n)) ||G||_F).
+    """Return ||G||_F, the nuclear norm ||G||_*, and nuclear_ratio = ||G||_* / (sqrt(min(m, n)) ||G||_F), or {} if G is None.
 
-    The ratio is 1 / sqrt(min(m, n)) for rank one and 1 for equal singular values. (arXiv 2601.07326: its rate is that of SGD
-    where the ratio is Theta(1) and m and n are comparable.) G is taken as the m x n matrix of its merged shape, m being the
-    first dimension and n the product of the others; so a vector is m x 1, and its ratio 1. NaN for a gradient that is not
-    finite, and as the ratio of one that is zero.
+    G is viewed as an m x n matrix: m is the first dimension of its merged shape, and n is the product of the others. The ratio
+    is 1 / sqrt(min(m, n)) for rank one and 1 for equal singular values; for a vector (m x 1) it is 1. According to arXiv
+    2601.07326, Shampoo's rate is that of SGD if the ratio is Theta(1) and m and n are comparable.
+
+    If G holds NaN, all three are NaN; if it holds Inf but no NaN, the norm is Inf and the others are NaN. If G is zero, the
+    ratio is NaN.
     """
     if G is None:
         return {}
@@ -91,8 +94,10 @@ def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
 
 
 def weight_figures(W: Tensor, before: Tensor | None) -> Figures:
-    """Return ||W||_F after the step; given the weights before it, also update_norm = ||W - before||_F and update_ratio, that
-    over ||before||_F: infinite if all were zero, NaN if they stayed zero.
+    """Return weight_norm = ||W||_F and, given the weights before the step, two metrics of the update.
+
+    They are update_norm = ||W - before||_F and update_ratio = ||W - before||_F / ||before||_F: Inf if all weights were zero
+    before the step, NaN if they still are.
     """
     norm = torch.linalg.vector_norm
     found = {"weight_norm": norm(W.double()).item()}
@@ -103,11 +108,11 @@ def weight_figures(W: Tensor, before: Tensor | None) -> Figures:
 
 
 def factor_figures(bucket: Bucket) -> dict[int, Figures]:
-    """Return figures of the factors that this rank has, for each parameter by its index in the bucket.
+    """Return metrics of the factors that this rank owns, by index of the parameter in the bucket; {} before the first step.
 
-    Over its blocks' factors the largest condition, the smallest effective_rank, and the largest root_residual, see `spectrum`;
-    roots_missing, the share of roots that are zero, not computed yet, or the identity, given up; and with solver "qr"
-    bases_fit, the share of those whose eigenvectors a refresh would keep now. Empty before the first step.
+    condition, effective_rank, and root_residual are the largest, smallest, and largest values of `spectrum` over the factors of
+    the parameter's blocks. roots_missing is the fraction of roots that are zero (not computed yet) or the identity (the solver
+    failed). With solver "qr", bases_fit is the fraction of factors whose basis a refresh would keep now.
     """
     group = bucket.group
     if group["step"] == 0:
@@ -139,16 +144,17 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
 
 
 def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float, bool]:
-    """Return four figures of a corrected factor A and the root X that the step used, d x d in float64, with S = A + eps I:
+    """Return four metrics of a bias-corrected factor A and the root X that the step used, both d x d in float64.
+
+    Let S = A + eps I (A + eps tr(A) I with relative_eps), with A's eigenvalues shifted as in `roots.eigen_power`:
 
     - the condition number of S;
-    - the effective rank exp(-sum_i s_i log s_i), s being A's eigenvalues over their sum: from 1, rank one, to d, all equal;
-    - the residual ||S^(p/2) X S^(p/2) - I||_F / sqrt(d), by how much X differs from S^(-p): staleness, and the solver's error.
-      An eigenvector of both, with eigenvalues s and x, adds (x s^p - 1)^2 to its square: nothing if the root is fresh, 1 if it
-      is zero or twice too long. It has no upper bound;
+    - the effective rank exp(-sum_i a_i log a_i), where a = A's eigenvalues over their sum: 1 for rank one, d if all are equal;
+    - the residual ||S^(p/2) X S^(p/2) - I||_F / sqrt(d), which has no upper bound: 0 for X = S^(-p), 1 for X = 0 or
+      X = 2 S^(-p). It grows with the staleness of X and the solver's error;
     - whether X is zero or the identity.
 
-    NaN for a factor that is not finite, and as the rank of one that is zero.
+    The first three are NaN if A is not finite; the effective rank is also NaN if A is zero.
     """
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     missing = not X.any() or torch.equal(X, eye)
@@ -164,7 +170,7 @@ def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> 
 
 
 def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
-    """Return whether ||B - diag B||_F <= tolerance ||B||_F for B = Q^T A Q, the test of solver "qr"; False if Q is zero."""
+    """Return whether ||B - diag B||_F <= tolerance ||B||_F for B = Q^T A Q, as solver "qr" tests; False if Q is zero."""
     B = Q.T @ A @ Q
     norm = torch.linalg.matrix_norm
     return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
@@ -173,10 +179,10 @@ def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
 def log_diagnostics(
     optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None
 ) -> dict[str, Figures]:
-    """Write `diagnostics` with a `torch.utils.tensorboard.SummaryWriter`, and return them.
+    """Write `diagnostics` to a `torch.utils.tensorboard.SummaryWriter`, and return them.
 
-    A scalar FIGURE/PARAMETER for each figure that is finite, and for each figure a histogram, over parameters, of log10 of the
-    positive values. On multiple ranks, each needs its own writer.
+    Each finite value is a scalar METRIC/PARAMETER. The log10 of a metric's positive finite values over all parameters is a
+    histogram log10_over_parameters/METRIC. On multiple ranks, each rank needs its own writer.
     """
     found = diagnostics(optimizer, before)
     logs = defaultdict(list)

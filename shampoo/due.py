@@ -12,8 +12,8 @@ Stacks = tuple[tuple[int, ...], ...]  # shape (B, d1, ..., dk) of each stack
 def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool) -> Sequence[Sequence[int]]:
     """Return, for each stack, the blocks whose roots are due at step t >= 1; [] if nothing is due.
 
-    Without `stagger`: all blocks, at `start` and at later multiples of the frequency. With it: each block once per frequency,
-    from the period that ends at `start` on; a first turn before step 1 moves to `start`.
+    Without `stagger`: all blocks, at `start` and at later multiples of the frequency. With it: each block once every
+    `frequency` steps, beginning in the period that ends at `start`; a turn that would come before step 1 moves to `start`.
     """
     if not stagger:
         return [range(blocks) for blocks, *_ in stacks] if t == start or (t > start and t % frequency == 0) else []
@@ -26,7 +26,7 @@ def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool
 
 @cache
 def phases(stacks: Stacks, frequency: int) -> list[list[int]]:
-    """Return each block's phase, t modulo the frequency at its refreshes, so that steps have about equal work: d^3 a root."""
+    """Return each block's phase, t modulo the frequency at its refreshes, so that steps have equal work, d^3 per root."""
     costs = [Cost(float(sum(d**3 for d in block)), 0) for blocks, *block in stacks for _ in range(blocks)]
     owners = iter(greedy(costs, [Cost(0.0, 0)] * frequency, most=0.0)[0])
     return [list(islice(owners, blocks)) for blocks, *_ in stacks]

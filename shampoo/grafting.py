@@ -1,8 +1,8 @@
-"""Grafting: a step's direction comes from Shampoo, its length from another method (Agarwal et al., arXiv 2002.11803).
+"""Grafting: a step has Shampoo's direction and the length of another method's step (Agarwal et al., arXiv 2002.11803).
 
-A step function (N, V, bc2, eps) -> step takes the averaged gradient N, the second moment V, and bc2 = 1 - beta2^t. It works
-elementwise on any shape and dtype and leaves N and V unchanged; it may return N itself. An eps of 0 is taken as the smallest
-normal number, so that 0 / 0 is 0. bc2 may be a tensor that broadcasts.
+A step function (N, V, bc2, eps) -> step takes the averaged gradient N, the second moment V, and bc2 = 1 - beta2^t, a number or
+a tensor that broadcasts. It is elementwise, for any shape and floating-point dtype, and leaves N and V unchanged; it may return
+N itself. eps is at least the dtype's smallest normal number, so that 0 / 0 is 0.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Grafting(NamedTuple):
-    """A row of GRAFTING: how a method computes its step, and what it needs."""
+    """A grafting method: its step function, and the state that it needs."""
 
     step: Callable[..., Tensor]
-    second_moment: bool = True  # whether it keeps V; without V, blocks that have no factors use Adam
-    sums: bool = False  # V is a plain sum of squares, not an average
-    sets_length: bool = True  # otherwise the preconditioned direction keeps its own
+    second_moment: bool = True  # whether it needs V; if not, parameters without factors use "adam" instead
+    sums: bool = False  # whether V is a plain sum of squares instead of an average
+    sets_length: bool = True  # if False, the preconditioned direction keeps its own length
 
 
 def sgd(N: Tensor, V: Tensor | None, bc2: float, eps: float) -> Tensor:

@@ -43,4 +43,4 @@ class Group(Options):
     """A parameter group."""
 
     params: list[Tensor]
-    step: int  # how many steps had a gradient
+    step: int  # number of steps in which any parameter of the group had a gradient

@@ -1,4 +1,4 @@
-"""What could break a run, seen without waiting for the device: non-finite gradients, and roots that failed."""
+"""Detect, count, and log non-finite gradients and directions and failed roots, without waiting for the device."""
 
 import logging
 from collections import Counter
@@ -12,13 +12,13 @@ from torch import Tensor
 from .copies import Inputs
 from .state import Bucket
 
-Names = Callable[[], dict[Tensor, str]]  # what errors call the parameters
+Names = Callable[[], dict[Tensor, str]]  # returns parameter names for error messages
 
 logger = logging.getLogger("shampoo")
 
 
 class HostCopy:
-    """A tensor on its way to the host."""
+    """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, x: Tensor):
         self._copy, self._copied = x.to("cpu", non_blocking=True), None
@@ -27,7 +27,7 @@ class HostCopy:
             self._copied.record()
 
     def read(self) -> list[Any]:
-        """Return its elements. A step later the device has computed them, and nothing waits."""
+        """Wait for the copy and return its elements as a list. One step later, the copy is usually done already."""
         if self._copied is not None:
             self._copied.synchronize()
         elements: list[Any] = self._copy.tolist()
@@ -35,12 +35,14 @@ class HostCopy:
 
 
 def waits(x: Tensor) -> bool:
-    """Return whether the host would have to wait for a tensor's device to read it."""
+    """Return whether reading x makes the host wait for its device, that is, whether x is not on the CPU."""
     return x.device.type != "cpu"
 
 
 class Health:
-    """Counts skipped steps and rescued roots, and names the parameters.
+    """Counts of skipped steps, rescued roots, and non-finite directions; the logger "shampoo" names the parameters.
+
+    A root is rescued if its solver failed: see `roots.inverse_root`. `events` maps each kind of event to its count.
 
     Args:
         limit: raise FloatingPointError on this many consecutive non-finite steps.
@@ -52,9 +54,10 @@ class Health:
         self.norms: list[tuple[list[Tensor], HostCopy]] = []  # of a step not counted yet: parameters, gradient norms
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
-        """Return a bool tensor, whether a step's gradients are finite; None if the host can `count` without waiting for it.
+        """Compute the norms of all gradients, for `count`; return a scalar bool tensor, True if all norms are finite.
 
-        Raises RuntimeError for a sparse or complex gradient.
+        Return None if all norms are on the CPU, so that `count` can read them at once. Raises RuntimeError for a sparse or
+        complex gradient.
         """
         self.norms, norms = [], []
         for bucket, of_bucket in zip(buckets, inputs, strict=True):
@@ -76,10 +79,10 @@ class Health:
         return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
 
     def count(self, names: Names) -> bool:
-        """Return whether the newest step is to be skipped, and count it, unless that was done before.
+        """Return whether to skip the newest step, and count it; return False if it has been counted already.
 
-        A step is skipped if the Frobenius norm of a gradient is not finite: an element is not, or the sum of squares overflows.
-        Raises FloatingPointError on the `limit`-th consecutive non-finite step.
+        A step is skipped if the Frobenius norm of a gradient is not finite: it holds NaN or Inf, or its sum of squares
+        overflows in the state's dtype. Raises FloatingPointError on the `limit`-th consecutive non-finite step.
         """
         if not self.norms:
             return False
@@ -91,25 +94,25 @@ class Health:
         self.consecutive += 1
         self.events["steps skipped"] += 1
         which = ", ".join(names()[p] for p in bad[:5]) + (f" and {len(bad) - 5} others" if len(bad) > 5 else "")
-        seen = f"the gradients of {which} hold NaN or Inf, or elements whose squares overflow float32"
-        logger.warning("a step was skipped, number %d in a row: %s", self.consecutive, seen)
+        seen = f"the gradients of {which} hold NaN or Inf, or their squared norms overflow"
+        logger.warning("skipped a step (%d in a row): %s", self.consecutive, seen)
         if self.consecutive >= self.limit:
             raise FloatingPointError(
                 f"{self.consecutive} steps in a row were skipped, and max_skipped_steps is {self.limit}: at the last one {seen}"
             )
         return True
 
-    def __getstate__(self) -> dict[str, Any]:  # norms may be on their way to the host
+    def __getstate__(self) -> dict[str, Any]:  # without norms, which may still be on the device
         return {**vars(self), "norms": []}
 
     def forget(self) -> None:
-        """Forget the newest steps, after loading a state; the counts of events stay."""
+        """Drop the norms not counted yet and the count of consecutive skips, after loading a state. `events` stays."""
         self.norms, self.consecutive = [], 0
 
     def report(self, bucket: Bucket, names: Names) -> None:
-        """Count a bucket's roots and directions that were not computed as usual, and name the first parameter of each kind."""
+        """Add a bucket's rescued roots and non-finite directions to `events`, and log the first of each kind."""
         for (i, cause), count in bucket.unusual.items():
             if cause not in self.events:
-                logger.warning("%s, of a block of %s: float32 was not enough", cause, names()[bucket.params[i]])
+                logger.warning("%s for a block of %s: overflow, or the solver failed", cause, names()[bucket.params[i]])
             self.events[cause] += count
         bucket.unusual.clear()

@@ -1,4 +1,4 @@
-"""One point of a search space -> the options of the optimizer, checked."""
+"""Check one point of a search space, and convert it to the options of AdamWShampoo."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from .schedule import TAILS
 
 POINT: dict[str, Rule] = {
     "learning_rate": real(0, above=True),
-    "one_minus_beta1": real(0, 1, above=True),  # 1: no average of gradients
-    "one_minus_beta2": real(0, 1),  # 0: factors are plain sums
+    "one_minus_beta1": real(0, 1, above=True),  # beta1 = betas[0]; 1: do not average gradients
+    "one_minus_beta2": real(0, 1),  # beta2 = betas[1]; 0: factors are plain sums
     "epsilon": real(0, above=True),
     "weight_decay": real(0),  # decoupled
     "one_minus_momentum": real(0, 1, above=True),  # 1: no momentum
@@ -18,20 +18,20 @@ POINT: dict[str, Rule] = {
     "nadam": BOOL,
     "block_size": integer(1),
     "precondition_frequency": integer(1),
-    "start_preconditioning_step": integer(0),  # 0: the first multiple of the frequency
-    "inverse_root": integer(0),  # 0: 2k for a block of order k; r > 0: A^(-1/r) on every dimension
+    "start_preconditioning_step": integer(0),  # 0: precondition_frequency
+    "inverse_root": integer(0),  # r: exponent 1/r for every dimension; 0: 1/(2k) for a block of order k
     "exponent_multiplier": real(0),
     "grafting": one_of(*GRAFTING),
     "grafting_epsilon": real(0),
     "normalized_grafting": BOOL,
-    "warmup_factor": real(0, 1),  # share of the schedule's steps
-    "step_hint_factor": real(0, above=True),  # the schedule's steps over the workload's step hint
+    "warmup_factor": real(0, 1),  # fraction of the schedule's steps
+    "step_hint_factor": real(0, above=True),  # number of the schedule's steps over the workload's step hint
     "schedule_tail": one_of(*TAILS),
     "label_smoothing": real(0, 1, below=True),
     "dropout_rate": real(0, 1, below=True),
 }
 OPTIONAL: dict[str, Rule] = {
-    "grad_clip": real(0, above=True),  # maximum norm of the whole gradient
+    "grad_clip": real(0, above=True),  # maximum norm of all gradients together
     "exponents": OPTIONS["exponents"],  # overrides inverse_root
     **{
         name: OPTIONS[name]
@@ -43,7 +43,7 @@ OPTIONAL: dict[str, Rule] = {
 
 
 def check_point(point: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming key, value and what is allowed, unless the point has the keys of POINT, all in range."""
+    """Raise ValueError unless the point has all keys of POINT, none but those and OPTIONAL's, and every value is allowed."""
     missing, unknown = POINT.keys() - point.keys(), point.keys() - POINT.keys() - OPTIONAL.keys()
     if missing or unknown:
         raise ValueError(
@@ -55,7 +55,7 @@ def check_point(point: Mapping[str, Any]) -> None:
 
 
 def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of AdamWShampoo at a point. Raises ValueError as `check_point` does."""
+    """Return the keyword arguments of AdamWShampoo for a point. Raises ValueError as `check_point` does."""
     check_point(point)
     same = {name: point[name] for name in OPTIONS.keys() & point.keys()}
     return {

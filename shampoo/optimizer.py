@@ -121,12 +121,12 @@ class AdamWShampoo(BucketedOptimizer):
 
     @property
     def events(self) -> Counter[str]:
-        """Counts of skipped steps, and of roots and directions that could not be computed as usual."""
+        """Counts of skipped steps, of roots that needed a fallback, and of directions that were not finite."""
         return self._health.events
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; return the closure's loss, if there is a closure."""
+        """Update every parameter that has a gradient. Return the loss of `closure`, called with gradients enabled, or None."""
         # 1. Loss and gradients
         loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
@@ -139,7 +139,7 @@ class AdamWShampoo(BucketedOptimizer):
             except Exception as failure:
                 error = failure
 
-        # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that no other waits for it.
+        # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
         directions: list[Tensor] = []
         views: list[list[list[Tensor]]] = []  # [bucket][rank][grid]
         skip = error is not None
@@ -177,7 +177,7 @@ class AdamWShampoo(BucketedOptimizer):
         return loss
 
     def _exchange(self, directions: list[Tensor], inputs: list[Inputs], skip: bool, failed: bool) -> list[list[list[Tensor]]]:
-        """Return the `flat_views` of all ranks' directions [bucket][rank][grid], given this rank's; [] if it skips the step."""
+        """Exchange directions; return views of all ranks' as [bucket][rank][grid], or [] if this rank skips the step."""
         if skip:
             directions = [bucket.zeros() for bucket in self._buckets]
         found = exchange_all(self._exchanges, directions, [skip, failed])
@@ -189,7 +189,7 @@ class AdamWShampoo(BucketedOptimizer):
         ]
 
     def _join_next_exchange(self, inputs: list[Inputs]) -> None:
-        """After a failure behind the exchange: join the other ranks' next step as one that failed, so that they hear of it."""
+        """Join the other ranks' next exchange as a failed rank, after a failure that follows the exchange of this step."""
         if self._exchanges:
             for bucket in self._buckets:
                 attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])

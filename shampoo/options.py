@@ -1,4 +1,4 @@
-"""What each option of the optimizer may be, and the checks that say so."""
+"""Allowed values of the optimizer's options, and checks of options and parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
@@ -16,14 +16,14 @@ from .preconditioner import PRECONDITIONERS, block_exponents
 from .roots import SOLVERS
 from .update import LARGEST
 
-Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the words for what is
+Rule = tuple[Callable[[Any], bool], str]  # (whether a value is allowed, description of allowed values)
 
 
 def real(low: float, high: float = inf, *, above: bool = False, below: bool = False) -> Rule:
-    """A number in [low, high] that float32 can hold; with `above` not low itself, with `below` not high itself."""
+    """Allow numbers in [low, high], excluding low if `above` and high if `below`, of magnitude at most LARGEST (1e38)."""
 
     def allowed(x: Any) -> bool:
-        """Return whether x is such a number."""
+        """Return whether x is such a number, and not a bool."""
         number = isinstance(x, Real) and not isinstance(x, bool) and bool(-LARGEST <= x <= LARGEST)  # type: ignore[operator]
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 
@@ -32,22 +32,22 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
 
 def integer(low: int) -> Rule:
-    """An int >= low."""
+    """Allow integers >= low, but not bool."""
     return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= low, f"an integer >= {low}"
 
 
 def one_of(*values: Any) -> Rule:
-    """One of the values, of the same type."""
+    """Allow these values; types must match, so 1 is not True."""
     return lambda x: any(type(x) is type(v) and x == v for v in values), "one of " + ", ".join(map(repr, values))
 
 
 def scalar(rule: Rule) -> Rule:
-    """A tensor of one element that the rule allows as a number."""
+    """Allow tensors of one element that the rule allows."""
     return lambda x: isinstance(x, Tensor) and x.numel() == 1 and rule[0](x.item()), f"a tensor of one element, {rule[1]}"
 
 
 def pair(first: Rule, second: Rule) -> Rule:
-    """A tuple or list of two."""
+    """Allow tuples and lists of two values, each allowed by its rule."""
     return (
         lambda x: isinstance(x, (tuple, list)) and len(x) == 2 and first[0](x[0]) and second[0](x[1]),
         f"a pair: {first[1]}, and {second[1]}",
@@ -55,7 +55,7 @@ def pair(first: Rule, second: Rule) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """What any of the rules allows."""
+    """Allow what any of the rules allows."""
     return lambda x: any(allowed(x) for allowed, _ in rules), ", or ".join(words for _, words in rules)
 
 
@@ -97,15 +97,15 @@ OPTIONS: dict[str, Rule] = {
 # Options of the whole optimizer, not of a group.
 EXCHANGE_DTYPE = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SKIPPED_STEPS = integer(1)
-# Options of torch's optimizers that their groups hold: allowed where they are off.
+# Options of other torch optimizers that groups may have only if they are off, and why.
 NOT_NEEDED = {
-    "amsgrad": "it has no counterpart here",
-    "foreach": "steps are batched anyway",
-    "fused": "steps are batched anyway",
-    "capturable": "steps read their counts on the host",
-    "differentiable": "steps change weights in place",
+    "amsgrad": "AdamWShampoo has no counterpart",
+    "foreach": "updates are always batched",
+    "fused": "updates are always batched",
+    "capturable": "step counts are on the host",
+    "differentiable": "weights are updated in place",
 }
-# What decides which state there is: a change makes it anew, as far as it fits.
+# Options that determine which state there is. If one changes, state is rebuilt from what fits.
 STRUCTURAL = (
     "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "exponents", "exponent_multiplier",
     "grafting", "solver", "bf16_roots",
@@ -113,7 +113,7 @@ STRUCTURAL = (
 
 
 def plain(x: Any) -> Any:
-    """Return a NumPy scalar as Python's, which `weights_only` checkpoints can hold; anything else unchanged."""
+    """Convert NumPy numbers to Python's, also in tuples and lists, as torch.load(weights_only=True) needs."""
     if type(x) in (tuple, list):
         return type(x)(map(plain, x))
     if type(x).__module__ != "numpy" or not isinstance(x, Real):
@@ -122,20 +122,20 @@ def plain(x: Any) -> Any:
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:
-    """Raise ValueError unless the rule allows the value."""
+    """Raise ValueError, with the name, the value, and what is allowed, unless the rule allows the value."""
     allowed, words = rule
     if not allowed(value):
         raise ValueError(f"{name} is {value!r}; it must be {words}")
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError as `check_group` does."""
+    """Check all groups with `check_group`."""
     for group in groups:
         check_group(group)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming option, value, and what is allowed, unless a group's options and parameters are all right."""
+    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
     check_names(group)
     for name, rule in OPTIONS.items():
         check_value(name, group[name], rule)
@@ -148,9 +148,9 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_names(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that is one edit away from an option, or an option of torch's that is on and not needed.
+    """Raise ValueError for a key that is one edit away from an option, and for a key of NOT_NEEDED that is on.
 
-    Other keys are foreign: schedulers and libraries put theirs into groups.
+    Other unknown keys are allowed, since schedulers and libraries add their own to groups.
     """
     for name, value in group.items():
         near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS else []
@@ -161,7 +161,7 @@ def check_names(group: Mapping[str, Any]) -> None:
 
 
 def is_one_edit(a: str, b: str) -> bool:
-    """Return whether inserting, deleting, replacing, or swapping one character makes a into b."""
+    """Return whether a becomes b by inserting, deleting, or replacing one character, or by swapping two adjacent ones."""
     shorter, longer = sorted((a, b), key=len)
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(shorter))
     rest, other = a[same:], b[same:]
@@ -170,19 +170,19 @@ def is_one_edit(a: str, b: str) -> bool:
 
 
 def parameter_name(group: Mapping[str, Any], i: int) -> str:
-    """Return what errors call the i-th parameter of a group: its name, or else its index, and its shape."""
+    """Return "parameter NAME of shape (...)" for error messages, with the index in the group if there is no name."""
     names, p = group.get("param_names"), group["params"][i]
     shape = "unknown shape" if is_lazy(p) else f"shape {tuple(p.shape)}"
     return f"parameter {names[i] if names and i < len(names) else i} of {shape}"
 
 
 def parameter_names(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
-    """Return what errors call each parameter."""
+    """Return the `parameter_name` of each parameter."""
     return {p: parameter_name(group, i) for group in groups for i, p in enumerate(group["params"])}
 
 
 def describe(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each group, option, and parameter: what must be the same on all ranks."""
+    """Return lines that must be equal on all ranks: one per group, option, and parameter."""
     lines = []
     for k, group in enumerate(groups):
         lines += [f"group {k}", *(f"option {name} = {group[name]!r}" for name in [*OPTIONS, "step"])]
@@ -191,7 +191,10 @@ def describe(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def overlaps(p: Tensor) -> bool:
-    """Return whether elements of a tensor may share memory, as after `expand`: a stride within the reach of smaller ones."""
+    """Return whether elements of a tensor may share memory, as after `expand`.
+
+    They may if a stride is at most the sum of (size - 1) * stride over the dimensions with smaller strides.
+    """
     reach = 0
     for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -201,10 +204,10 @@ def overlaps(p: Tensor) -> bool:
 
 
 def check_parameter(p: Tensor, name: str) -> None:
-    """Raise ValueError if a parameter is not dense, real, and floating, overlaps itself, or is a FlatParameter of FSDP1."""
+    """Raise ValueError unless p is dense, floating-point, without elements that share memory, and no FSDP1 FlatParameter."""
     if getattr(p, "_is_flat_param", False):
-        raise ValueError(f"{name} is an FSDP1 FlatParameter, a part of several parameters; use FSDP2 (fully_shard)")
+        raise ValueError(f"{name} is an FSDP1 FlatParameter, which holds pieces of several parameters; use FSDP2 (fully_shard)")
     if not p.is_floating_point() or p.layout != torch.strided:
-        raise ValueError(f"{name} is {p.layout} of {p.dtype}; it must be dense, real and floating")
+        raise ValueError(f"{name} is {p.layout} of {p.dtype}; it must be a dense floating-point tensor")
     if not is_lazy(p) and p.numel() and overlaps(p):
-        raise ValueError(f"{name} has strides {p.stride()}: elements may share memory; clone() it")
+        raise ValueError(f"{name} has strides {p.stride()}: its elements may share memory; pass a clone() of it")

@@ -1,4 +1,4 @@
-"""What preconditions a stack of blocks (B, d1, ..., dk): one object keeps its matrices, updates them, and applies them."""
+"""Preconditioners. Each holds the matrices of one stack of blocks (B, d1, ..., dk), updates them, and applies them."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -10,14 +10,15 @@ from .group import Options
 from .roots import SOLVERS, inverse_root
 from .update import accumulate
 
-SOLVER_CHUNK = 2**22  # elements of factors, so that a solver does not need several times the memory of all
+SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
 
 
 class Kronecker:
-    """Shampoo's preconditioner: for each dimension d of the blocks a factor A_d and its inverse root X_d, both (B, d_d, d_d).
+    """Shampoo's preconditioner: a factor A_d and its inverse root X_d, both (B, d_d, d_d), for each dimension d of the blocks.
 
-    For matrices A_1 and A_2 are the paper's L and R, and X_1 and X_2 are L^(-1/p) and R^(-1/q). A dimension with exponent zero
-    has neither, and its X_d is the identity. A solver that keeps a basis has it in `eigvecs`. All matrices start at zero.
+    For matrix blocks, A_1 and A_2 are the paper's L and R, and X_1 and X_2 are (L + eps I)^(-1/p) and (R + eps I)^(-1/q). A
+    dimension with exponent 0 has neither (None), and its X_d is the identity. `eigvecs` holds the bases of a solver that keeps
+    them. All matrices start at zero.
     """
 
     NAMES = ("factors", "inv_roots", "eigvecs")
@@ -26,7 +27,7 @@ class Kronecker:
         self, stack: Sequence[int], exponents: tuple[float, ...], options: Options, dtype: torch.dtype, device: torch.device
     ):
         def matrices(dtype: torch.dtype, needed: bool = True) -> list[Tensor | None]:
-            """Return zeros (B, d, d) for each dimension with a factor, None for the others."""
+            """Return zeros (B, d, d) for each dimension with a factor if `needed`, None for the others."""
             return [
                 torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed else None
                 for d, p in zip(block, exponents, strict=True)
@@ -41,9 +42,10 @@ class Kronecker:
         self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots yet
 
     def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
-        """A_d <- beta2 A_d + (1 - beta2) U^T U in place, U = unfold(G, d); for beta2 = 1 a plain sum.
+        """A_d <- beta2 A_d + (1 - beta2) U^T U in place, where U = unfold(G, d); for beta2 = 1, A_d <- A_d + U^T U.
 
-        For matrices: L <- beta2 L + (1 - beta2) G G^T, R <- beta2 R + (1 - beta2) G^T G. `present`: (B, 1, 1) or None.
+        For matrices: L <- beta2 L + (1 - beta2) G G^T, R <- beta2 R + (1 - beta2) G^T G. `present` (B, 1, 1) is 1 for blocks to
+        update and 0 for others; None updates all.
         """
         for d, A in enumerate(self.factors, start=1):
             if A is None:
@@ -55,10 +57,10 @@ class Kronecker:
                 accumulate(A, U.mT @ U, beta2, present)
 
     def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: Options) -> list[tuple[int, str]]:
-        """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; eps times the trace of A_d / bc2 with relative_eps.
+        """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
-        In the paper bc2 = 1; it may be (B, 1). Returns the blocks for which float32 was not enough, and what became of their
-        roots. A factor that is not finite starts anew from zero.
+        bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
+        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero.
         """
         rescued, solver = [], options["solver"]
         own = {name: value for name, value in options.items() if name in SOLVERS[solver].options}
@@ -83,27 +85,29 @@ class Kronecker:
         return rescued
 
     def find_rootless(self) -> None:
-        """Find the blocks whose roots are all zero, after loading."""
+        """Set `rootless` to the blocks whose roots are all zero. Call it after loading."""
         roots = [X.flatten(1).any(dim=1) for X in self.inv_roots if X is not None]
         self.rootless = set((~torch.stack(roots).any(dim=0)).nonzero().flatten().tolist()) if roots else set()
 
     def apply(self, N: Tensor) -> Tensor:
-        """Return N (B, d1, ..., dk) contracted with X_d along each dimension d; for matrices X_1 N X_2.
+        """Return N (B, d1, ..., dk) contracted with X_d along each dimension d; for matrices, X_1 N X_2.
 
-        In the paper (L + eps I)^(-1/p) M (R + eps I)^(-1/q); its one-sided case is an X_d of identity, 1/p or 1/q = 0.
+        In the paper, this is (L + eps I)^(-1/p) M (R + eps I)^(-1/q). In its one-sided case 1/p or 1/q is 0, and that X_d is
+        the identity.
         """
         return contract(N, self.inv_roots)
 
     def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield the name, dimension, and tensor (B, ...) of all state; checkpoints and ranks know no more of it."""
+        """Yield (name, dimension from 0, tensor (B, d, d)) for all state, as checkpoints and `state.tensors` need it."""
         for name in self.NAMES:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
     @staticmethod
     def cost(block: Sequence[int], exponents: tuple[float, ...], options: Options) -> float:
-        """Return floating-point operations per step for a block (d1, ..., dk) of n elements.
+        """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
-        For each factor of size d: 2 n d to apply its root, as much for each update, and about 25 d^3 for each root.
+        For each factor of size d: 2 n d to apply its root, 2 n d / factor_frequency to update it, and about
+        25 d^3 / precondition_frequency to refresh its root.
         """
         n, updates, refreshes = prod(block), 1 / options["factor_frequency"], 1 / options["precondition_frequency"]
         return sum(2 * n * d * (1 + updates) + 25 * d**3 * refreshes for d, p in zip(block, exponents, strict=True) if p)
@@ -113,10 +117,11 @@ PRECONDITIONERS = {"shampoo": Kronecker}
 
 
 def block_exponents(order: int, options: Options) -> tuple[float, ...]:
-    """Return the exponent of each factor's inverse root, 1/p and 1/q in the paper, for a block of order k.
+    """Return the exponent of each factor's inverse root for a block of order k; in the paper, 1/p and 1/q.
 
-    With `exponents` None: 1/(2k) each. A float: that each. A pair (left, right): left for the first dimension, right/(k-1) for
-    each other one; a block of order 1 gets left + right. All times `exponent_multiplier`.
+    If `exponents` is None, each is 1/(2k); if it is a number, each is that number. For a pair (left, right), the first
+    dimension gets left and each other one right/(k-1); a block of order 1 gets left + right. All are times
+    `exponent_multiplier`.
     """
     exponents = options["exponents"]
     if exponents is None:
@@ -130,17 +135,18 @@ def block_exponents(order: int, options: Options) -> tuple[float, ...]:
 
 
 def unfold(G: Tensor, d: int) -> Tensor:
-    """(B, d1, ..., dk) -> (B, product of the others, d_d), d from 1: the matrix whose rows run along dimension d.
+    """Return G (B, d1, ..., dk) as matrices (B, n, d_d) with rows along dimension d >= 1; n is the product of the other sizes.
 
-    A view for the first and the last dimension.
+    The result is a view for the first and the last dimension; otherwise it is a copy.
     """
     return G.movedim(d, -1).flatten(1, -2) if G.dim() > 2 else G.unsqueeze(1)
 
 
 def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """Contract N (B, d1, ..., dk) with a matrix (B, d_d, d_d) along each dimension d; None is the identity.
+    """Contract N (B, d1, ..., dk) with a symmetric matrix (B, d_d, d_d) along each dimension d; None is the identity.
 
-    The first from the left, the others from the right, the last of them first: so only those between are copied.
+    The matrices must be symmetric: the first multiplies from the left, the others from the right. The order 1, k, k-1, ..., 2
+    copies N only for dimensions other than the first and the last.
     """
     for d in (1, *range(len(matrices), 1, -1)):
         X = matrices[d - 1]

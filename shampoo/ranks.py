@@ -1,7 +1,7 @@
-"""Multiple ranks: who they are, whether they agree, and the one exchange of a step.
+"""Find the ranks of a process group, check that they agree, and exchange directions once per step.
 
-Every rank computes the directions of the blocks that it owns; one all-gather gives all directions to all ranks, and each
-applies them to its weights. `assignment` decides who owns which block.
+Each rank computes the directions of the blocks that it owns. One all-gather sends all directions to all ranks, and each rank
+applies them to its weights. `assignment` decides which rank owns which block.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ if dist.is_available():
 
 
 class Ranks(NamedTuple):
-    """The ranks among which the blocks are shared; without a process group, one rank owns all."""
+    """The ranks that share the blocks. Without a process group, one rank owns all blocks."""
 
     group: Any  # a ProcessGroup, or None
     rank: int
@@ -31,9 +31,9 @@ ALONE = Ranks(None, 0, 1)
 
 
 def find_ranks(process_group: Any) -> Ranks:
-    """Return the ranks of a process group or of a one-dimensional DeviceMesh; None is the default group, if there is one.
+    """Return the ranks of a process group or a one-dimensional DeviceMesh; None is the default group if initialized.
 
-    Raises ValueError for a mesh of more dimensions, anything else, and a group that this process is not in.
+    Raises ValueError for a mesh with more dimensions, a group that this process is not in, or any other value.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -43,7 +43,7 @@ def find_ranks(process_group: Any) -> Ranks:
         if process_group.ndim != 1:
             raise ValueError(
                 f"process_group is a mesh of dimensions {process_group.mesh_dim_names or process_group.ndim}; it must have "
-                "one: name the mesh's dimensions and pass mesh[name], the one whose ranks share the blocks"
+                "one dimension: name the dimensions and pass mesh[name] for the one whose ranks share the blocks"
             )
         process_group = process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup):
@@ -56,7 +56,7 @@ def find_ranks(process_group: Any) -> Ranks:
 
 
 def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """Return what the call returns and what it raises, one of them None, so that other ranks can hear of an error first."""
+    """Return (result, None), or (None, error) if the call raises, so that `agree` can tell other ranks of the error first."""
     try:
         return act(*arguments), None
     except Exception as error:
@@ -64,9 +64,10 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
-    """Raise on all ranks unless all have the same description and no error. A collective: no rank continues alone.
+    """Raise on all ranks unless all have the same description and no error. A collective.
 
-    Raises the rank's own error, or RuntimeError with another rank's, or ValueError with the first line that differs.
+    Raises this rank's own error; else RuntimeError with another rank's error; else ValueError with the first line of the
+    descriptions that differs.
     """
     if ranks.size > 1:
         digest = hashlib.sha256("\n".join(description).encode()).hexdigest()
@@ -83,7 +84,7 @@ def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> 
 
 
 def first_difference(descriptions: list[list[str]]) -> str:
-    """Return the words for the first line in which the ranks' descriptions differ."""
+    """Return an error message with the first line in which the ranks' descriptions differ."""
     longest = max(map(len, descriptions))
     lines = zip(*(lines + ["nothing"] * (longest - len(lines)) for lines in descriptions), strict=True)
     differing = next(line for line in lines if len(set(line)) > 1)
@@ -95,15 +96,15 @@ def first_difference(descriptions: list[list[str]]) -> str:
 
 
 class Exchange:
-    """The buffers of one all-gather per step, for the buckets of one device and dtype.
+    """One all-gather per step for the buckets of one device and dtype, and its buffers.
 
-    Each rank sends its directions end to end, then a flag for each parameter, 1 if it has a gradient there, and two more: 1 if
-    it skipped the step, and if it failed. All ranks send as much as the one with the most, at every step.
+    Each rank sends its directions, concatenated and padded to the size of the largest rank's, and then flags of 0 or 1: for
+    each parameter, whether it has a gradient on this rank; whether this rank skips the step; and whether this rank failed.
 
     Args:
-        buckets: by index among the optimizer's.
-        names: what errors call the parameters.
-        dtype: of what is sent; directions are rounded to it.
+        buckets: by index among the optimizer's buckets.
+        names: parameter names for error messages.
+        dtype: dtype of the buffers, to which directions are rounded.
     """
 
     def __init__(self, ranks: Ranks, buckets: dict[int, Bucket], names: dict[Tensor, str], dtype: torch.dtype):
@@ -114,18 +115,18 @@ class Exchange:
         device = next(iter(buckets.values())).device
         self._sent = torch.zeros(width, dtype=dtype, device=device)
         self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
-        self._flags: list[bool] = []  # as in _sent
-        self._differing: HostCopy | None = None  # for each flag, whether ranks differed in it at the newest exchange
+        self._flags: list[bool] = []  # the flags now at the end of _sent
+        self._differing: HostCopy | None = None  # for each flag, whether it differed between ranks at the last exchange
 
     def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield each bucket's index and all ranks' directions for it, given this rank's for all buckets, and its two flags."""
+        """Yield (bucket index, each rank's directions), given this rank's of all buckets and its flags [skip, failed]."""
         own = [directions[i] for i in self._buckets]
         flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
             self._flags = flags
         sent = torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
-        if sent.dtype == torch.float16:  # its largest number is 65,504
+        if sent.dtype == torch.float16:  # directions may exceed its maximum, 65,504
             sent.clamp_(torch.finfo(sent.dtype).min, torch.finfo(sent.dtype).max)
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
@@ -135,29 +136,29 @@ class Exchange:
         return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
 
     def check(self) -> None:
-        """Raise RuntimeError, on all ranks alike, if ranks differed at the newest exchange.
+        """Raise RuntimeError on all ranks if flags differed between ranks at the last exchange.
 
-        A rank had failed, or only some ranks had a gradient for a parameter, or only some had non-finite ones. Call it at the
-        next step: by then that exchange is over on the device, too, and nothing waits.
+        They differ if only some ranks failed, skipped the step for non-finite gradients, or had a gradient for a parameter.
+        Call it at the next step: by then, the device has usually finished that exchange, and the host does not wait.
         """
         *present, skipped, failed = self._differing.read() if self._differing is not None else [False] * 2
         if failed:
-            raise RuntimeError("a rank failed in the last step; its own error says why")
+            raise RuntimeError("a rank failed in the last step; see the error on that rank")
         if skipped:
             raise RuntimeError(
-                "at the last step some ranks had gradients with NaN or Inf and others had none: average them first"
+                "at the last step, only some ranks had gradients with NaN or Inf: average gradients over ranks before step()"
             )
         if not any(present):
             return
         names = [name for name, differs in zip(self._names, present, strict=True) if differs]
         raise RuntimeError(
-            f"at the last step some ranks had a gradient where others had none: {', '.join(names[:5])}"
-            f"{' and others' if len(names) > 5 else ''}; either all ranks must have one or none"
+            f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
+            f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
         )
 
 
 def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
-    """Return an exchange for each device and dtype of the buckets; send in `dtype`, or theirs if None. [] on one rank."""
+    """Return an exchange per device and dtype of the buckets, which sends `dtype`, or the buckets' if None; [] on one rank."""
     kinds: dict[tuple[torch.device, torch.dtype], dict[int, Bucket]] = {}
     for i, bucket in enumerate(buckets) if ranks.size > 1 else ():
         kinds.setdefault((bucket.device, bucket.dtype), {})[i] = bucket
@@ -165,12 +166,12 @@ def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks
 
 
 def check_exchanges(exchanges: list[Exchange]) -> None:
-    """Raise RuntimeError as `Exchange.check` does."""
+    """Call `check` on all exchanges."""
     for exchange in exchanges:
         exchange.check()
 
 
 def exchange_all(exchanges: list[Exchange], directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
-    """Return all ranks' directions of each bucket, given this rank's, and two flags: it skips the step, it failed."""
+    """Return the directions of each bucket and rank, given this rank's directions and its flags [skip, failed]."""
     found = {i: of_ranks for exchange in exchanges for i, of_ranks in exchange.run(directions, flags)}
     return [found[i] for i in range(len(directions))]

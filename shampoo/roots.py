@@ -1,10 +1,12 @@
-"""Batched inverse roots of symmetric positive semidefinite matrices: (L + eps I)^(-1/p) and (R + eps I)^(-1/q) of arXiv
-2601.07326. Here A is a factor, L or R, and p is the power itself, the paper's 1/p or 1/q.
+"""Batched inverse roots of symmetric positive semidefinite matrices.
 
-Every solver has one contract: solve(A, s, p, eps, Q, **options) -> (s A + eps I)^(-p), of A's shape and dtype and symmetric to
-rounding, for A (B, d, d), float32 or float64, with entries of magnitude at most 2, scales s and eps > 0 of shape (B, 1), p > 0,
-and a basis Q (B, d, d) or None. A solver that keeps a basis starts from the one in Q, all zeros before the first time, and
-leaves the new one there. A solver raises LinAlgError when any matrix of the batch fails; `inverse_root` then takes each alone.
+The roots are (L + eps I)^(-1/p) and (R + eps I)^(-1/q) of arXiv 2601.07326. Here, A is a factor (L or R), and p is the power
+itself (the paper's 1/p or 1/q).
+
+Every solver is a function solve(A, s, p, eps, Q, **options) -> (s A + eps I)^(-p), symmetric to rounding. A is (B, d, d),
+float32 or float64, with entries of magnitude at most 2; s and eps are positive (B, 1); p > 0; Q is a basis (B, d, d) or None. A
+solver that keeps a basis starts from Q, which is zero before the first call, and updates it in place. If any matrix of the
+batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` then computes the roots one by one.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,31 +20,31 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 NEWTON_STEPS = 100
-LARGEST_ROOT = 64  # of "newton"
+LARGEST_ROOT = 64  # largest r for which "newton" computes A^(-1/r)
 QR_TOLERANCE = 0.3
 
 
 def eigen_power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
-    """Return Q (Lambda + eps)^(-p) Q^T for eigenvalues (B, d) and eigenvectors Q (B, d, d).
+    """Return Q (Lambda + eps I)^(-p) Q^T for eigenvalues lam (B, d) and eigenvectors Q (B, d, d).
 
-    If rounding made an eigenvalue of a matrix negative, all of its eigenvalues are shifted up until the smallest is 0.
+    If rounding made an eigenvalue of a matrix negative, all of its eigenvalues are first shifted so that the smallest is 0.
     """
     lam = lam - lam.amin(dim=1, keepdim=True).clamp(max=0) + eps
     return (Q * lam.pow(-p).unsqueeze(-2)) @ Q.mT
 
 
 def eigh(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Return the `eigen_power` of all eigenvalues and eigenvectors of A: exact to rounding."""
+    """Return (s A + eps I)^(-p) from the eigendecomposition of A, exact to rounding; Q is ignored."""
     lam, basis = torch.linalg.eigh(A)
     return eigen_power(lam * s, basis, p, eps)
 
 
 def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
-    """Return the `eigen_power` of the Rayleigh quotients lambda_i = q_i^T A q_i and the basis Q, which follows A.
+    """Return Q (s Lambda + eps I)^(-p) Q^T with Rayleigh quotients lambda_i = q_i^T A q_i, updating the basis Q only if needed.
 
-    With B = Q^T A Q, a basis fits while ||B - diag B||_F <= qr_tolerance ||B||_F; since ||B||_F = ||A||_F, one product A Q
-    tells. A basis that does not fit takes one step of orthogonal iteration, Q <- qr(A Q); the first one comes from `eigh`.
-    (Eschenhagen et al., arXiv 2506.03595, have this test.)
+    With B = Q^T A Q, Q is kept while ||B - diag B||_F <= qr_tolerance ||B||_F (the test of Eschenhagen et al., arXiv
+    2506.03595); since ||B||_F = ||A||_F, this needs only the product A Q. Otherwise, Q takes one step of orthogonal iteration:
+    Q <- qr(A Q), columns in descending order of lambda. The first Q comes from `eigh`.
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
@@ -60,13 +62,13 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: flo
 
 
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Return s^(-1/r) X, where X -> (A + (eps / s) I)^(-1/r) by the coupled Newton iteration, r = 1/p an integer:
+    """Return s^(-1/r) X for an integer r = 1/p, where X converges to (A + (eps / s) I)^(-1/r) by the coupled Newton iteration
 
-        X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I)
+        X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I),
 
-    until M is I, with z = (1 + r) / (2 ||A + (eps / s) I||_F) (Higham, Functions of Matrices, 7.3; Anil et al., arXiv
-    2002.09018). Matrix products alone. eps / s is raised to at least two roundings of ||A||_F, since A itself may have
-    eigenvalues that far below 0.
+    with z = (1 + r) / (2 ||A + (eps / s) I||_F), until M is I to rounding (Higham, Functions of Matrices, 7.3; Anil et al.,
+    arXiv 2002.09018). It uses matrix products only. eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon,
+    since rounding may have made eigenvalues of A negative by that much.
     """
     r, eye = round(1 / p), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     rounding = torch.finfo(A.dtype).eps
@@ -80,7 +82,7 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
         T = ((r + 1) * eye - M) / r
         M_next = torch.linalg.matrix_power(T, r) @ M
         error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
-        going &= (error > enough) & (error_next < 1.2 * error)  # the error falls until only rounding is left, which grows
+        going &= (error > enough) & (error_next < 1.2 * error)  # stop when the error grows: it is rounding then
         if not going.any():
             break
         X, M, error = X.where(~going, X @ T), M.where(~going, M_next), error.where(~going, error_next)
@@ -92,18 +94,17 @@ def check_newton(exponents: tuple[float, ...]) -> None:
     """Raise ValueError unless every exponent is 0 or 1/r for an integer r of at most LARGEST_ROOT."""
     if any(p and not (p * LARGEST_ROOT > 0.999 and isclose(round(1 / p) * p, 1)) for p in exponents):
         raise ValueError(
-            f"solver 'newton' needs exponents 1, 1/2, 1/3, ...; here they are {exponents}, and the smallest is "
-            f"1/{LARGEST_ROOT}: use 'eigh' or 'qr'"
+            f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}: use 'eigh' or 'qr'"
         )
 
 
 class Solver(NamedTuple):
-    """A way to compute roots."""
+    """A way to compute inverse roots."""
 
     solve: Callable[..., Tensor]
     keeps_basis: bool = False
-    options: tuple[str, ...] = ()  # those of the optimizer that only this solver takes
-    check: Callable[[tuple[float, ...]], None] = lambda exponents: None  # raises ValueError for exponents it cannot have
+    options: tuple[str, ...] = ()  # names of optimizer options that `solve` takes
+    check: Callable[[tuple[float, ...]], None] = lambda exponents: None  # raises ValueError for exponents that it cannot take
 
 
 SOLVERS: dict[str, Solver] = {
@@ -115,7 +116,7 @@ SOLVERS: dict[str, Solver] = {
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 matrix products in float32, even where the user allows TF32 or bfloat16."""
+    """Compute float32 matrix products in full precision, even if the user allows TF32 or bfloat16."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -136,12 +137,15 @@ def inverse_root(
     solver: str = "eigh",
     **options: object,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Return (A / c + eps I)^(-p) of each matrix of A (B, d, d), always finite; eps tr(A / c) instead of eps if relative_eps.
+    """Return (A / c + eps I)^(-p) for each matrix of A (B, d, d), always finite, and notes on roots that needed a fallback.
 
-    c is a number or (B, 1); the paper has c = 1 and an absolute eps. Each matrix is divided by a power of two, so that no
-    product overflows and no bit is lost, and goes to SOLVERS[solver] with its options. If that fails for any, each is computed
-    alone by `eigh`, then in float64, and Q is reset; if that fails too, or A is not finite, a matrix keeps its `previous` root,
-    or gets the identity if that is zero. Also returns, by index, what became of those for which float32 was not enough.
+    c is a number or (B, 1). With relative_eps, eps tr(A / c) replaces eps where the trace is positive. The paper has c = 1 and
+    an absolute eps. The solver gets each matrix divided by a power of two, which avoids overflow and is exact, and its
+    `options`.
+
+    If any matrix fails, the whole batch is redone one by one with `eigh`, in A's dtype and then in float64, and all of Q is
+    reset to zero. If both fail, or the matrix is not finite, its root is `previous`, or the identity if `previous` is zero or
+    not finite. The notes map the index of each matrix that `eigh` in A's dtype could not handle to what became of its root.
     """
     s = _scales(A, c, torch.finfo(A.dtype).tiny if relative_eps else eps)
     matrices = A / (c * s).unsqueeze(2)
@@ -155,26 +159,26 @@ def inverse_root(
             return _finite(SOLVERS[solver].solve(matrices, s, p, shift, Q, **options)), {}
         except LinAlgError:
             if Q is not None:
-                Q.zero_()  # it may hold NaN by now: start anew next time
+                Q.zero_()  # it may hold NaN; the next call starts from `eigh`
         alone = [slice(b, b + 1) for b in range(len(A))]
         rescued = [_rescue(matrices[b], s[b], p, shift[b], previous[b]) for b in alone]
     return torch.cat([X for X, _ in rescued]), {b: cause for b, (_, cause) in enumerate(rescued) if cause}
 
 
 def _scales(A: Tensor, c: float | Tensor, eps: float) -> Tensor:
-    """Return the power of two of the largest entry of each A / c, or of eps if larger: (B, 1); NaN where A is not finite."""
+    """Return the largest power of two <= max(max |A / c|, eps) for each matrix, (B, 1); NaN where A is not finite."""
     largest: Tensor = (torch.linalg.vector_norm(A, torch.inf, dim=(1, 2)).unsqueeze(1) / c).clamp(min=eps)
     return largest / (2 * torch.frexp(largest).mantissa) + 0 * largest
 
 
 def _finite(X: Tensor) -> Tensor:
-    if not torch.isfinite(X).all():  # seen: float32 eigh on a CPU returns NaN, and no error, for some rank-deficient matrices
+    if not torch.isfinite(X).all():  # on a CPU, float32 eigh may return NaN without an error for rank-deficient matrices
         raise LinAlgError("a matrix with NaN or Inf")
     return X
 
 
 def _rescue(A: Tensor, s: Tensor, p: float, eps: Tensor, previous: Tensor) -> tuple[Tensor, str]:
-    """Return a root for one matrix (1, d, d), and how it was found; "" for the usual way."""
+    """Return the root of one matrix (1, d, d) and how it was found, "" for `eigh` in its own dtype; see `inverse_root`."""
     for dtype, found in ((A.dtype, ""), (torch.float64, "computed in float64")):
         try:
             exact = eigh(_finite(A).to(dtype), s.to(dtype), p, eps.to(dtype))

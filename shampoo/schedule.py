@@ -1,4 +1,4 @@
-"""Learning-rate schedule: linear warm-up, then cosine to zero."""
+"""Learning rate schedule: linear warmup, then cosine decay to zero."""
 
 from functools import partial
 from math import cos, pi
@@ -12,9 +12,9 @@ TAILS = ("zero", "rise")
 def warmup_cosine_factor(step: int, num_steps: float, warmup_steps: int, tail: str) -> float:
     """Return the factor of lr at a step counted from 0.
 
-    1e-10 + (1 - 1e-10) step / warmup_steps during warm-up, then (1 + cos(pi s)) / 2 with
-    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1). Past s = 1: tail "zero" stays at 0; "rise"
-    continues along the cosine, up to 1 and down again, as the competition's SequentialLR of LinearLR and CosineAnnealingLR did.
+    During warmup, it is 1e-10 + (1 - 1e-10) step / warmup_steps; then (1 + cos(pi s)) / 2 with
+    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1). Past s = 1, tail "zero" stays at 0; "rise" follows the cosine
+    up to 1 and down again, like SequentialLR with LinearLR and CosineAnnealingLR in the AlgoPerf competition's submission.
     """
     if step < warmup_steps:
         return 1e-10 + (1 - 1e-10) * step / warmup_steps

@@ -1,4 +1,4 @@
-"""What `optimizer.state` shows of the state, and what users change there."""
+"""Show the state of parameters in `optimizer.state`, and take over what users change there."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,11 +13,14 @@ Entries = Mapping[Tensor, dict[str, Any]]  # the state of each parameter
 
 
 class Shown:
-    """The entries that `optimizer.state` shows: views of the live state, and copies where it lies in several pieces.
+    """The tensors that `optimizer.state` shows: views of the live state, or copies where a view is not possible.
+
+    Copies are `step`, and moments of parameters whose blocks are not contiguous in the flat vector. On multiple ranks, all
+    tensors are copies, until the next step.
 
     Args:
-        entries: as `checkpoint.pack` returns them.
-        state: `optimizer.state`, which gets them beside its foreign keys.
+        entries: the state of each parameter, from `checkpoint.pack`.
+        state: `optimizer.state`, to which the entries are added; foreign keys in it stay.
     """
 
     def __init__(self, buckets: Sequence[Bucket], entries: Entries, state: dict[Any, dict[str, Any]]):
@@ -28,7 +31,7 @@ class Shown:
         self.refresh()
 
     def _copies(self) -> Iterator[tuple[Layout, Tensor, list[Tensor | None]]]:
-        """Yield for each moment its layout, flat vector, and the tensors shown for its parameters that are copies."""
+        """Yield the layout, the flat vector, and each parameter's copy, None for a view, of each moment."""
         for bucket in self._buckets:
             for name, flat in moments(bucket):
                 shown = [self._entries[p].get(name) for p in bucket.params]
@@ -36,7 +39,7 @@ class Shown:
                 yield bucket.layout, flat, [None if X is None or X.untyped_storage().data_ptr() == live else X for X in shown]
 
     def refresh(self) -> None:
-        """Bring copies up to date after a step."""
+        """Update the copies after a step."""
         copies = []
         for bucket in self._buckets:
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
@@ -47,7 +50,7 @@ class Shown:
         self._versions = [(X, X._version) for X in copies]
 
     def changed(self, state: Entries) -> bool:
-        """Return whether a user removed or replaced a tensor that was shown, or changed a copy in place."""
+        """Return whether a user removed or replaced a tensor in `optimizer.state`, or changed a copy in place."""
         for p, entry in self._entries.items():
             now = state.get(p, {})
             if any(now.get(key) is not X for key, X in entry.items()):
@@ -55,7 +58,7 @@ class Shown:
         return any(X._version != version for X, version in self._versions)
 
     def merge(self, saved: dict[Tensor, dict[str, Any]], state: Entries) -> None:
-        """Put into `saved`, the live state, what users changed; a parameter without any of its keys gets an empty entry."""
+        """Apply users' changes to `saved`, the live state; if users deleted all keys of a parameter, empty its entry."""
         edited = {id(X) for X, version in self._versions if X._version != version}
         for p, entry in self._entries.items():
             now = state.get(p, {})
@@ -69,7 +72,7 @@ class Shown:
                     saved[p][key] = now[key]
 
     def hide(self, state: dict[Any, dict[str, Any]]) -> None:
-        """Take the entries out of `optimizer.state`, and leave foreign keys."""
+        """Remove the entries from `optimizer.state`; foreign keys stay."""
         for p, entry in self._entries.items():
             for key in entry:
                 state.get(p, {}).pop(key, None)

@@ -1,4 +1,4 @@
-"""What the optimizer keeps: buckets of parameters, each with a flat vector per moment and a preconditioner per stack."""
+"""The optimizer's state: buckets of parameters, each with one flat vector per moment and one preconditioner per stack."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 @dataclass
 class Bucket:
-    """Parameters of one group that share device, state dtype, and treatment, and the state of the blocks that a rank owns.
+    """Parameters of one group with the same device, state dtype, and `factored`, and one rank's part of their state.
 
-    Moments are flat vectors, None where not needed. In a bucket that is not `factored` (parameters with a dimension >= max_dim,
-    and vectors if so asked) there are no preconditioners, and the grafting method moves alone.
+    Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters with a dimension >=
+    max_dim, and vectors if precondition_vectors is False, are not `factored`: they have no preconditioners, and the grafting
+    method alone updates them.
     """
 
     group: Group
@@ -34,26 +35,26 @@ class Bucket:
     device: torch.device  # of the state
     dtype: torch.dtype
     factored: bool
-    layouts: list[Layout]  # of each rank
-    rank: int  # whose blocks these are
+    layouts: list[Layout]  # one per rank
+    rank: int  # the rank that owns this state
     grafting: Grafting
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
     momentum_buffer: Tensor | None
-    preconditioners: list[Kronecker]  # of each stack
-    steps: list[int]  # of each parameter: how many had a gradient
-    unusual: Counter[tuple[int, str]] = field(default_factory=Counter)  # roots and directions: parameter, and what
-    layout: Layout = field(init=False)
+    preconditioners: list[Kronecker]  # one per stack; [] if not factored
+    steps: list[int]  # for each parameter, the number of steps with a gradient
+    unusual: Counter[tuple[int, str]] = field(default_factory=Counter)  # of (parameter index, event), see `note`
+    layout: Layout = field(init=False)  # of this rank
 
     def __post_init__(self) -> None:
         self.layout = self.layouts[self.rank]
 
     def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
-        """Count something unusual about these blocks of a stack."""
+        """Count a rescued root or a non-finite direction (`what`) in `unusual` for each of these blocks of a stack."""
         self.unusual.update((self.layout.params[stack][block], what) for block in blocks)
 
     def zeros(self) -> Tensor:
-        """Return a flat vector of zeros."""
+        """Return a flat vector of zeros for this rank's blocks."""
         return torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
 
 
@@ -63,15 +64,15 @@ def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors(bucket: Bucket) -> list[Tensor]:
-    """Return all state of a bucket, in an order that depends on its layout alone."""
+    """Return all state tensors of a bucket, in the same order for equal options and layouts."""
     matrices = chain.from_iterable(each.tensors() for each in bucket.preconditioners)
     return [flat for _, flat in moments(bucket)] + [X for _, _, X in matrices]
 
 
 def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Bucket]:
-    """Sort the parameters of all groups into buckets and allocate the state of a rank, all zeros.
+    """Sort the parameters of all groups into buckets, and allocate one rank's state, all zeros.
 
-    A parameter without elements, or a lazy one without a shape yet, is in none.
+    Parameters without elements, and lazy ones, which have no shape yet, are in no bucket.
     """
     loads, buckets = [Cost(0.0, 0)] * num_ranks, []
     for group in groups:
@@ -89,7 +90,7 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
 
 
 def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what decides which state there is: parameters, their shapes, devices, and dtypes, and some options."""
+    """Return what determines the buckets: parameters, shapes, devices, dtypes, STRUCTURAL options, and use of averages."""
     found: list[Any] = []
     for group in groups:
         found += [id(group), *map(group.get, STRUCTURAL), group["betas"][0] > 0, group["momentum"] > 0]
@@ -99,19 +100,20 @@ def signature(groups: Sequence[Group]) -> list[Any]:
 
 
 def has_factors(p: Tensor, group: Group) -> bool:
-    """Return whether a parameter gets factors: all dimensions below max_dim, and no vector where vectors get none."""
+    """Return whether p has factors: all dimensions < max_dim, and either order > 1 after merging or precondition_vectors."""
     order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
     return max(p.shape, default=1) < group["max_dim"] and (order > 1 or group["precondition_vectors"])
 
 
 def block_flops(group: Group, factored: bool) -> Callable[[tuple[int, ...]], float]:
-    """Return a function from a block's shape to its floating-point operations per step: 20 for each element, and the
-    preconditioner's.
+    """Return a function from a block's shape to its floating-point operations per step.
+
+    These are 20 per element, plus the preconditioner's `cost` if factored.
     """
     cost = PRECONDITIONERS[group["preconditioner"]].cost
 
     def flops(block: Sequence[int]) -> float:
-        """Return the operations of a block (d1, ..., dk)."""
+        """Return the operations per step of a block (d1, ..., dk)."""
         return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
 
     return flops
@@ -126,7 +128,7 @@ def allocate(
     layouts: list[Layout],
     rank: int,
 ) -> Bucket:
-    """Return a bucket with the state of one rank, all zeros."""
+    """Return a bucket with one rank's state, all zeros."""
     layout, grafting = layouts[rank], GRAFTING[group["grafting"]]
     if not factored and not grafting.second_moment:
         grafting = GRAFTING["adam"]
@@ -136,7 +138,7 @@ def allocate(
     ]
 
     def moment(needed: bool) -> Tensor | None:
-        """Return a flat vector of zeros if it is needed."""
+        """Return a flat vector of zeros if needed, otherwise None."""
         return torch.zeros(layout.numel, dtype=dtype, device=device) if needed else None
 
     exp_avg, exp_avg_sq = moment(group["betas"][0] > 0), moment(grafting.second_moment)

@@ -1,4 +1,4 @@
-"""One step for a bucket of parameters, in the order of the paper: from gradients to directions."""
+"""One step for a bucket of parameters, from gradients to directions, in the paper's order."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,34 +10,35 @@ from .copies import Inputs, add, chunks, flat_views, flatten, load, spread, stac
 from .due import due_blocks
 from .state import Bucket
 
-GRAFTING_CHUNK = 7 * 2**20  # elements of the grafting method's step: 28 MB, which C's allocator still reuses
+GRAFTING_CHUNK = 7 * 2**20  # elements per chunk, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
 
-Spread = Callable[[Sequence[float]], Tensor]  # from a value for each parameter to a flat vector
+Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
 
 
 def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the directions P of this rank's blocks at the group's next step, a flat vector and its `flat_views`.
+    """Update the state of this rank's blocks by one step; return their directions P, a flat vector, and its `flat_views`.
 
-    Zero if `finite`, a bool on a device that the host does not wait for, is False: then gradients count as zero.
+    The weights do not change. `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as
+    zero, and so is P.
     """
     group, layout, grafting, V = bucket.group, bucket.layout, bucket.grafting, bucket.exp_avg_sq
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
     counts = [steps + 1 if G is not None else 0 for steps, G in zip(bucket.steps, inputs.grads, strict=True)]
     bucket.steps = [count or steps for count, steps in zip(counts, bucket.steps, strict=True)]
 
-    # Gradients G, from parameters to stacks
+    # Gradients G, copied from parameters to stacks
     G, views = load_gradients(bucket, inputs, finite)
     if not layout.stacks:  # more ranks than blocks
         return G, views
     stacks, of_params = stack_views(layout.stacks, G), partial(spread, layout, dtype=bucket.dtype, device=bucket.device)
     present = of_params([float(count > 0) for count in counts]) if 0 in counts else None
 
-    # Factors L and R, and their roots where due
+    # Factors L and R, and the roots that are due
     if bucket.factored:
         update_factors(bucket, counts, stacks, of_params)
         refresh_roots(bucket, t, start, of_params)
 
-    # Moments V and M, and the averaged gradient N in the memory of G
+    # Moments V and M, and the averaged gradient N, which overwrites G
     normalized = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
     graft_beta2 = 1.0 if grafting.sums else group["betas"][1] if group["grafting_beta2"] is None else group["grafting_beta2"]
     if V is not None:
@@ -46,7 +47,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     bc2 = update.bias_corrections(graft_beta2, counts, of_params)
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
-    # Directions P = X_L N X_R, at the length of the grafting method's step A
+    # Directions P = X_L N X_R, rescaled to the norm of the grafting method's step A
     if bucket.factored and (t >= start or not grafting.sets_length):
         P = N
         for part, some, lengths in chunks(layout.stacks, GRAFTING_CHUNK):
@@ -68,7 +69,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
 
 
 def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Return a bucket's gradients G with their sign and coupled decay, a flat vector and its `flat_views`."""
+    """Return a bucket's gradients G, negated if maximize, plus coupled decay: a flat vector, and its `flat_views`."""
     G, views = load(bucket.layout, inputs.grads, bucket.dtype, bucket.device)
     if bucket.group["maximize"]:
         G.neg_()
@@ -80,9 +81,10 @@ def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tup
 
 
 def update_factors(bucket: Bucket, counts: Sequence[int], stacks: Sequence[Tensor], of_params: Spread) -> None:
-    """Update factors from the gradients (B, d1, ..., dk) of each stack, given each parameter's number of gradients so far.
+    """Update the factors from the gradients (B, d1, ..., dk) of each stack.
 
-    0 is a parameter without a gradient now. Factors take a parameter's first gradient and then every `factor_frequency`-th.
+    `counts` has each parameter's number of gradients so far, or 0 if it has none at this step. Factors take a parameter's first
+    gradient and then every `factor_frequency`-th.
     """
     every = bucket.group["factor_frequency"]
     taken = [float(count % every == 1 % every and count > 0) for count in counts]
@@ -95,9 +97,9 @@ def update_factors(bucket: Bucket, counts: Sequence[int], stacks: Sequence[Tenso
 
 
 def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None:
-    """Compute the roots that are due at the group's step t and, from `start` on, those of blocks that have none yet.
+    """Refresh the roots that are due at the group's step t and, from step `start` on, those of blocks without roots.
 
-    A block that has had no gradient yet has no factor, and waits.
+    Blocks whose parameter has had no gradient yet are left out, since their factors are zero.
     """
     group, layout, every = bucket.group, bucket.layout, bucket.group["factor_frequency"]
     due = due_blocks(layout.stacks, t, start, group["precondition_frequency"], group["stagger"])

@@ -1,7 +1,7 @@
-"""Moments, momentum, and lengths: the formulas of one step, and where each is computed.
+"""Formulas of a step: bias corrections, moments, grafting, and momentum.
 
-One step for a matrix W (m x n) with gradient G, as Li, Dong & Lin analyze it (arXiv 2601.07326; the abstract names the method,
-the details are our reading of it):
+One step for a matrix W (m x n) with gradient G, and the function that computes each formula. This is how we read the method of
+Li, Dong & Lin (arXiv 2601.07326), whose abstract names it without details:
 
     L <- beta2 L + (1 - beta2) G G^T          R <- beta2 R + (1 - beta2) G^T G        Kronecker.update
     X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                Kronecker.refresh
@@ -9,15 +9,15 @@ the details are our reading of it):
     P = X_L M X_R                                                                     Kronecker.apply
     W <- (1 - lr wd) W - lr P                                                         copies.move
 
-In the paper's letters beta1 is theta, beta2 is beta, lr is eta, wd is lambda, W is X. The competition's submission adds bias
-corrections, NAdam's look-ahead, grafting (`rescale`), and momentum on P.
+The paper writes theta for beta1, beta for beta2, eta for lr, lambda for wd, and X for W. The Shampoo submission to the AlgoPerf
+competition adds bias corrections, NAdam's look-ahead, grafting (`graft`), and momentum on P; so do we.
 
-Elementwise work is bound by memory, and allocating a large tensor costs several passes over an existing one. So results reuse
-the memory of what is no longer needed: the averaged gradient that of the gradient, the direction that of the averaged gradient.
+Elementwise work is memory-bound, and allocating a large tensor costs as much as several passes over an existing one. So results
+overwrite what is no longer needed: the averaged gradient overwrites the gradient, and the direction the averaged gradient.
 
 Elementwise functions take any shape and are called once on the flat vector of all stacks; the others take a stack
-(B, d1, ..., dk). `present` is None when every block has a gradient; otherwise it broadcasts against the state, 1 where a block
-has a gradient and 0 where it has none: the state of such a block does not change.
+(B, d1, ..., dk). `present` is None if every block has a gradient. Otherwise it broadcasts against the state: 1 for blocks with
+a gradient, and 0 for blocks without, whose state does not change.
 """
 
 import ctypes
@@ -27,13 +27,13 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-LARGEST = 1e38  # what float32 holds, with room to spare
+LARGEST = 1e38  # bound for options and plain sums, below float32's maximum, 3.4e38
 
 
 def bias_correction(beta: float, t: int) -> float:
-    """Return 1 - beta^t in float32 arithmetic, as the competition ran it; 1.0 for beta = 1, a plain sum.
+    """Return 1 - beta^t in float32 arithmetic, as in the competition's submission; 1.0 for beta = 1, a plain sum.
 
-    A beta that float32 rounds to 1 is taken in float64.
+    If that is 0, because float32 rounds beta^t to 1, return it in float64.
     """
     if beta == 1.0:
         return 1.0
@@ -42,21 +42,27 @@ def bias_correction(beta: float, t: int) -> float:
 
 
 def bias_corrections(beta: float, counts: Sequence[int], spread: Callable[[list[float]], Tensor]) -> float | Tensor:
-    """Return 1 - beta^t if all parameters count the same t steps; otherwise the `spread` of each one's. 0 is no count."""
+    """Return 1 - beta^t for each parameter's count t: a float if all counts are equal, otherwise a tensor from `spread`.
+
+    Counts of 0, for parameters without a gradient, are ignored.
+    """
     if len({0, *counts}) <= 2:
         return bias_correction(beta, max(1, *counts))
     return spread([bias_correction(beta, max(1, t)) for t in counts])
 
 
 def factor_steps(t: int, every: int) -> int:
-    """Return the step up to which a factor's average counts after t gradients: it takes the first and then each `every`-th."""
+    """Return ceil(t / every) * every, so that 1 - beta2^result corrects a factor after t gradients.
+
+    The factor has taken ceil(t / every) of them (the first and then every `every`-th), each with decay rate beta2^every.
+    """
     return -(-t // every) * every
 
 
 def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> None:
-    """S <- beta S + (1 - beta) X in place; for beta = 1 a plain sum, S <- S + X.
+    """S <- beta S + (1 - beta) X in place; for beta = 1, a plain sum: S <- S + X.
 
-    A sum stops at LARGEST: it would stay infinite for ever.
+    A sum is clamped to [-LARGEST, LARGEST], since it could not recover from Inf.
     """
     if beta == 1.0:
         S.add_(X if present is None else X * present).clamp_(-LARGEST, LARGEST)
@@ -65,7 +71,7 @@ def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> Non
 
 
 def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None) -> None:
-    """V <- beta V + (1 - beta) G * G in place; for beta = 1 a plain sum, as in `accumulate`."""
+    """V <- beta V + (1 - beta) G * G in place; for beta = 1, a plain sum, clamped as in `accumulate`."""
     if beta < 1.0:
         V.mul_(beta if present is None else 1 - (1 - beta) * present)
     V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
@@ -74,10 +80,10 @@ def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float | Tensor, present: Tensor | None) -> Tensor:
-    """M <- beta1 M + (1 - beta1) G in place; return the averaged gradient N = M / bc1 in the memory of G.
+    """M <- beta1 M + (1 - beta1) G in place; return the averaged gradient N = M / bc1, which overwrites G.
 
-    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 on the new M. Without M (beta1 = 0), N = G, uncorrected. The paper's M, with
-    theta = beta1, is N with bc1 = 1 and without nadam.
+    With nadam, N = (beta1 M + (1 - beta1) G) / bc1 with the new M. If M is None (beta1 = 0), N = G, uncorrected. In the paper,
+    N = M: bc1 = 1, and no nadam.
     """
     if M is None:
         return G
@@ -86,21 +92,21 @@ def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float |
 
 
 def block_norms(S: Tensor) -> Tensor:
-    """Return the Frobenius norm of each block: (B, d1, ..., dk) -> (B, 1, ..., 1)."""
+    """Return the Frobenius norm of each block of S (B, d1, ..., dk), as (B, 1, ..., 1)."""
     norms: Tensor = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim())), keepdim=True)
     return norms
 
 
 def normalize(S: Tensor) -> Tensor:
-    """Return S / (||S||_F + 1e-16), block by block."""
+    """Return S / (||S||_F + 1e-16) for each block."""
     return S / (block_norms(S) + 1e-16)
 
 
 def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
-    """out <- P ||A||_F / (||P||_F + 1e-16), block by block, or P without `sets_length`.
+    """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`.
 
-    A block whose P is not finite becomes A, or without `sets_length` zero. Return these blocks; [] on an accelerator, for which
-    the host does not wait.
+    If ||P||_F is not finite, out is A, or zero if not `sets_length`. Return the indices of these blocks; always [] on an
+    accelerator, so that the host does not wait.
     """
     norms = block_norms(P)
     if norms.device.type != "cpu":
@@ -120,7 +126,7 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
 
 
 def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> None:
-    """B <- mu B + (1 - mu) P, then P <- B, or with nesterov P <- (1 - mu) P + mu B, in place."""
+    """B <- mu B + (1 - mu) P, then P <- B, or with nesterov P <- (1 - mu) P + mu B. Both in place."""
     accumulate(B, P, mu, present)
     if nesterov:
         P.lerp_(B, mu)
