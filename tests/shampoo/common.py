@@ -1,7 +1,15 @@
 """Parameters, gradients and comparisons that several tests share."""
 
+from functools import partial
+
 import numpy as np
 import torch
+
+from shampoo import AdamWShampoo
+
+ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+LIKE_ADAMW = partial(AdamWShampoo, start_preconditioning_step=10**9, block_size=8, **ADAMW)  # equal to AdamW within rounding
+SHAPES = [(6, 5), (20, 9), (7,)]  # one block, several, a vector
 
 
 def make_params(*shapes, dtype=torch.float32, device="cpu", seed=0):
@@ -41,3 +49,17 @@ def largest_difference(a, b):
         return np.max([largest_difference(x, y) for x, y in zip(a, b, strict=True)], initial=0.0)
     difference = abs(a - b)
     return float(difference.max()) if 0 not in difference.shape else 0.0
+
+
+def compare_with_adamw(act):
+    """Assert that act(make, params) returns the same tensors for torch's AdamW as for `LIKE_ADAMW`, within 1e-6.
+
+    `make` takes parameters or groups, and options; params have shapes SHAPES and dtype float64. None stands for params.
+    """
+    found = []
+    for make in (partial(torch.optim.AdamW, **ADAMW), LIKE_ADAMW):
+        params = make_params(*SHAPES, dtype=torch.float64)
+        returned = act(make, params)
+        found.append([x.detach().clone() for x in (params if returned is None else returned)])
+    for expected, x in zip(*found, strict=True):
+        torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)

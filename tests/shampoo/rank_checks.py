@@ -409,3 +409,122 @@ def refused_group(rank, size):
         optimizer.step()
         return str(error), len(optimizer.param_groups), len(optimizer.state), p.abs().sum().item() > 0
     return None
+
+
+def checkpoint_with_a_frozen_parameter(rank, size, path, first, last, flat):
+    """Do what `distributed_checkpoint` does with a frozen embedding, and if `flat` as torchtitan does, flattened."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as sd
+
+    model = build()
+    model.embedding.weight.requires_grad_(False)
+    optimizer = AdamWShampoo(groups_of(model), **{**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5})
+    options = sd.StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def gather():
+        if size > 1:
+            optimizer.consolidate_state_dict(to=None)
+        found = sd.get_optimizer_state_dict(model, optimizer, options=options)
+        return {"model": sd.get_model_state_dict(model), "optimizer": found}
+
+    if first:
+        found = gather()
+        dcp.load(found, checkpoint_id=f"{path}/{first}")
+        sd.set_model_state_dict(model, found["model"])
+        sd.set_optimizer_state_dict(model, optimizer, found["optimizer"], options=options)
+    train(model, optimizer, range(first, last))
+    dcp.save(gather(), checkpoint_id=f"{path}/{last}")
+    return full_weights(model)
+
+
+def changed_groups(rank, size, sharded=False):
+    """Replace, append, remove and regroup parameters between steps, under FSDP2 if `sharded`. Return all weights."""
+    spare, model = layers((24, 10, 7)), layers((24, 40, 7))
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        for each in (spare, model):
+            fully_shard(each, mesh=init_device_mesh("cpu", (size,)))
+    optimizer = AdamWShampoo(
+        [{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(model.parameters())],
+        **{**COMMON, "start_preconditioning_step": 4, "precondition_frequency": 3},
+    )
+
+    def both(steps):
+        for t in steps:
+            gradients(model, t)
+            gradients(spare, t)
+            optimizer.step()
+
+    both(range(6))
+    groups = optimizer.param_groups
+    groups[0]["params"][0] = spare[0].weight
+    groups[1]["params"] += [spare[2].weight, spare[2].bias]
+    both(range(6, 9))
+    groups.pop(2)
+    groups.reverse()
+    both(range(9, 12))
+    groups[0]["params"].append(model[0].weight)
+    both(range(12, 18))
+    return full_weights(model) + full_weights(spare)
+
+
+def changed_state(rank, size):
+    """Edit, delete and add state that is gathered on all ranks. Return the weights and what became of a foreign key."""
+    model = build()
+    params = list(model.parameters())
+    optimizer = AdamWShampoo(params, **{**COMMON, "start_preconditioning_step": 4, "precondition_frequency": 3})
+    for change in range(4):
+        train(model, optimizer, range(5 * change, 5 * change + 5))
+        if size > 1:
+            optimizer.consolidate_state_dict(to=None)
+        if change == 0:
+            for p in params:
+                optimizer.state[p]["z"] = torch.ones(2)
+                optimizer.state[p]["exp_avg"].mul_(0.5)
+        elif change == 1:
+            del optimizer.state[params[1]]
+            optimizer.state[params[2]]["exp_avg"] = torch.zeros_like(params[2])
+        elif change == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(20, 24))
+    return full_weights(model), ["z" in optimizer.state[p] for p in params], optimizer.state[params[1]]["step"].item()
+
+
+def schedule_free(rank, size):
+    """Train with schedulefree's wrapper, which keeps `z` in `state`, and resume half-way. Return the weights."""
+    import copy
+
+    import schedulefree
+
+    model, saved = layers((24, 40, 7)), None
+    for half in range(2):
+        options = {**COMMON, "start_preconditioning_step": 10, "precondition_frequency": 5}
+        optimizer = schedulefree.ScheduleFreeWrapper(AdamWShampoo(model.parameters(), **options), momentum=0.9)
+        if saved:
+            optimizer.load_state_dict(saved)
+        optimizer.train()
+        for t in range(20 * half, 20 * half + 20):
+            gradients(model, t)
+            optimizer.step()
+        optimizer.base.consolidate_state_dict(to=None)
+        saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.eval()
+    return full_weights(model)
+
+
+def set_without_gathering(rank, size):
+    """Set a moment where `state` shows `step` alone. Return the moment after one more step, or the error."""
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = AdamWShampoo([p], **COMMON)
+    for t in range(2):
+        p.grad = torch.zeros(3, 4)
+        if t:
+            optimizer.state[p]["exp_avg"] = torch.ones(3, 4)
+        try:
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+    optimizer.consolidate_state_dict(to=None)
+    return optimizer.state[p]["exp_avg"].max().item()

@@ -220,3 +220,47 @@ def test_a_rank_that_fails_stops_all_ranks(pools, closure, words):
     assert (first, second) == (2, 1)
     assert "a rank failed in the last step" in message
     assert words in cause
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_distributed_checkpoints_with_a_frozen_parameter_resume(pools, tmp_path, flat):
+    uninterrupted = rank_checks.checkpoint_with_a_frozen_parameter(0, 1, tmp_path / "one", 0, 24, flat)
+    for first, last in ((0, 12), (12, 24)):
+        weights = pools(2).run(
+            rank_checks.checkpoint_with_a_frozen_parameter, path=str(tmp_path), first=first, last=last, flat=flat
+        )
+    assert all(map(torch.equal, *weights))
+    assert largest_difference(weights[0], uninterrupted) <= 1e-6
+
+
+def test_all_ranks_follow_changed_groups(pools):
+    weights = pools(2).run(rank_checks.changed_groups)
+    assert all(map(torch.equal, *weights))
+    assert largest_difference(weights[0], rank_checks.changed_groups(0, 1)) <= 1e-6
+
+
+@needs_fsdp2
+def test_all_ranks_follow_changed_groups_of_sharded_parameters(pools):
+    weights = pools(2).run(rank_checks.changed_groups, sharded=True)
+    assert all(map(torch.equal, *weights))
+    assert largest_difference(weights[0], rank_checks.changed_groups(0, 1)) <= 1e-6
+
+
+def test_all_ranks_follow_changed_state(pools):
+    single = rank_checks.changed_state(0, 1)
+    assert single[2] == 14
+    for weights, foreign, steps in pools(2).run(rank_checks.changed_state):
+        assert largest_difference(weights, single[0]) <= 1e-6
+        assert (foreign, steps) == (single[1], single[2])
+
+
+def test_schedulefrees_wrapper_trains_on_many_ranks(pools):
+    weights = pools(2).run(rank_checks.schedule_free)
+    assert all(map(torch.equal, *weights))
+    assert largest_difference(weights[0], rank_checks.schedule_free(0, 1)) <= 1e-6
+
+
+@pytest.mark.xfail(strict=True, reason="it is ignored, and stays in `state`")
+def test_state_that_is_set_without_gathering_is_taken_or_refused_by_name(pools):
+    for found in pools(2).run(rank_checks.set_without_gathering):
+        assert "exp_avg" in found if isinstance(found, str) else found == pytest.approx(0.9)
