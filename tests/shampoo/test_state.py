@@ -373,6 +373,27 @@ def test_a_wrong_tensor_in_state_is_refused_at_the_step_and_can_be_repaired(repa
     train(optimizer, params, 1)
 
 
+@pytest.mark.xfail(strict=True, reason="the next look shows it again")
+def test_a_deleted_entry_is_gone_until_the_next_step():
+    params, optimizer = trained()
+    del optimizer.state[params[0]]
+    assert params[0] not in optimizer.state
+    for _ in params[1:]:
+        optimizer.state.popitem()
+    assert not optimizer.state
+    train(optimizer, params, 1)
+    assert [optimizer.state[p]["step"] for p in params] == [1, 1, 1]
+
+
+@pytest.mark.xfail(strict=True, reason="the group stays")
+def test_a_group_is_not_added_while_state_is_wrong():
+    params, optimizer = trained()
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"parameter 0 .*for exp_avg"):
+        optimizer.add_param_group({"params": make_params((2,))})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.xfail(strict=True, reason="each resets what the other shows")
 def test_two_optimizers_may_share_one_state():
     def act(make, params):
