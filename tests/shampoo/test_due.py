@@ -68,7 +68,7 @@ def rootless(optimizer):
 
 
 def train_and_check(optimizer, params, steps, has=lambda t, i: True):
-    """Take these steps. Each element with a gradient must move, and from the start on each block that had one must have roots."""
+    """Take these steps. What has a gradient must move, and from the start on blocks that had one must have roots."""
     for t in steps:
         set_gradients(params, t)
         for i, p in enumerate(params):

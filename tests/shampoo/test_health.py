@@ -145,3 +145,160 @@ def test_numpy_numbers_become_python_numbers_in_a_checkpoint(number, tmp_path):
     loaded = torch.load(tmp_path / "saved", weights_only=True)
     assert loaded["param_groups"][0]["lr"] == pytest.approx(float(number))
     assert type(loaded["param_groups"][0]["weight_decay"]) in (float, int)
+
+
+@pytest.mark.parametrize("grafting", ["adam", "rmsprop", "adagrad", "sgd", "none"])
+@pytest.mark.parametrize("start", [1, 100], ids=["with roots", "before the first roots"])
+def test_without_grafting_eps_a_row_without_gradient_leaves_all_weights_finite(start, grafting, device):
+    """Where torch.optim.AdamW divides 0 by 0 and has NaN, weights stay but for rounding; all others move."""
+    (ours,), (theirs,) = make_params((6, 8), device=device), make_params((6, 8), device=device)
+    options = {"grafting_eps": 0.0, "grafting": grafting, "start_preconditioning_step": start, "merge_dims": False}
+    optimizers = AdamWShampoo([ours], **options), torch.optim.AdamW([theirs], eps=0.0, weight_decay=0.0)
+    start_weights = ours.detach().clone()
+    for t in range(4):
+        for p, optimizer in zip((ours, theirs), optimizers):
+            set_gradients([p], t)
+            p.grad[2] = 0
+            optimizer.step()
+    assert theirs.isnan().sum() == 8
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours[2], start_weights[2], rtol=0, atol=1e-5)
+    if not (grafting == "none" and start == 100):
+        others = [0, 1, 3, 4, 5]
+        assert (ours[others] != start_weights[others]).all()
+
+
+def test_a_parameter_without_a_nonzero_gradient_stays_where_it_is_without_grafting_eps():
+    params = make_params((6, 5), (7,))
+    optimizer = AdamWShampoo(params, grafting_eps=0.0, precondition_frequency=2)
+    before = [p.detach().clone() for p in params]
+    for t in range(4):
+        set_gradients(params, t, scale=0.0)
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("grafting", ["adam", "sgd", "none"])
+def test_a_direction_that_is_not_finite_is_counted_and_moves_by_grafting(grafting, caplog, device):
+    """Roots of zero factors are 1e12 on both sides, and a gradient of 1e15 comes before the next refresh."""
+    params = make_params((8, 4), (4, 3), device=device)
+    optimizer = AdamWShampoo(params, exponents=1, eps=1e-12, grafting=grafting, precondition_frequency=10, block_size=4)
+    for t in range(10):
+        set_gradients(params, t, scale=0.0)
+        optimizer.step()
+    for p in params:
+        p.data.zero_()
+    set_gradients(params, 10, scale=1e-7)
+    params[0].grad[:4] *= 1e22  # one block of two; a second parameter
+    with caplog.at_level(logging.WARNING, logger="shampoo"):
+        optimizer.step()
+    assert all(p.isfinite().all() for p in params)
+    moved = [p.detach().abs() for p in params]
+    assert moved[0][4:].min() > 0
+    assert moved[1].min() > 0
+    assert (moved[0][:4].min() > 0) == (grafting != "none")  # without grafting a block stays where it is
+    assert grafting != "adam" or moved[0].max() < 3e-3
+    if device.type == "cpu":
+        assert optimizer.events == {"directions not finite": 1}
+        assert "directions not finite, of a block of parameter 0 of shape (8, 4)" in caplog.text
+
+
+def test_a_direction_that_is_not_finite_does_not_stay_in_the_momentum():
+    (p,) = make_params((4, 4))
+    optimizer = AdamWShampoo(
+        [p], exponents=1, eps=1e-12, precondition_frequency=10, block_size=4, momentum=0.9, merge_dims=False
+    )
+    for t in range(20):
+        set_gradients([p], t, scale=1e15 if t == 10 else 0.0)
+        optimizer.step()
+        assert p.isfinite().all()
+    assert optimizer.state[p]["momentum_buffer"].isfinite().all()
+
+
+@pytest.mark.parametrize("exponents", [1, 0.75])
+@pytest.mark.parametrize("scale", [1e8, 1e15])
+@pytest.mark.xfail(
+    strict=True, reason="graft adds 1e-16 to the norm of a direction, and shorter directions vanish without an event"
+)
+def test_a_direction_that_vanishes_does_not_freeze_weights(scale, exponents):
+    """Of gradients of 1e8, the direction with exponents 1 is about 1e-24; its length should be that of Adam's step."""
+    (p,) = make_params((6, 5))
+    optimizer = AdamWShampoo([p], exponents=exponents, block_size=6, precondition_frequency=2)
+    for t in range(6):
+        set_gradients([p], t, scale)
+        before = p.detach().clone()
+        optimizer.step()
+    assert (p - before).norm() > 1e-3 or optimizer.events
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["eigh", "qr"])
+def test_a_root_that_bfloat16_cannot_hold_is_its_largest_number(solver, dtype):
+    """A root of 3.4e38 is finite in float32, and rounds to Inf in bfloat16."""
+    params = make_params((6, 5), dtype=dtype)
+    optimizer = AdamWShampoo(
+        params, eps=3.4e38**-0.25, exponents=4, bf16_roots=True, precondition_frequency=2, block_size=6, solver=solver
+    )
+    for t in range(4):
+        set_gradients(params, t, scale=0.0)
+        optimizer.step()
+    root = optimizer.state[params[0]]["inv_roots.0.0"]
+    assert root.dtype == torch.bfloat16
+    assert root[0].diagonal().tolist() == [torch.finfo(torch.bfloat16).max] * 6
+    for t in range(4):
+        set_gradients(params, t, scale=1e-3)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+    assert all(x.isfinite().all() for x in optimizer.state[params[0]].values())
+
+
+@pytest.mark.parametrize("grafting", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_sums_that_overflow_stay_finite(grafting, missing):
+    """Fifty gradients whose squares add up to more than float32 holds."""
+    params = make_params((6, 5), (7,))
+    optimizer = AdamWShampoo(params, betas=(0.9, 1.0), grafting=grafting, precondition_frequency=2, block_size=6)
+    for t in range(50):
+        set_gradients(params, t, scale=2e18)
+        params[1].grad = params[1].grad if t % 2 or not missing else None
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+    for p in params:
+        assert all(x.isfinite().all() for x in optimizer.state[p].values())
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, 50, scale=2e18)
+    optimizer.step()
+    assert all((p != q).any() for p, q in zip(params, before))
+
+
+@pytest.mark.parametrize("exponents", [1e-30, 1e-320, (1e-30, 0.5), (0.5, 1e-30), 1 / 65, 0.3])
+def test_newton_refuses_exponents_that_it_cannot_have(exponents):
+    with pytest.raises(ValueError, match="solver 'newton' needs exponents 1, 1/2, 1/3"):
+        AdamWShampoo(make_params((6, 5)), solver="newton", exponents=exponents, block_size=6)
+    (p,) = params = make_params((6, 5))
+    optimizer = AdamWShampoo(params, solver="newton", block_size=6)
+    step(params, optimizer, 0)
+    optimizer.param_groups[0]["exponents"] = exponents
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="solver 'newton' needs exponents"):
+        step(params, optimizer, 1)
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["exponents"] = 1 / 64
+    step(params, optimizer, 2)
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("factor_frequency", [2, 3])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_heads_that_are_trained_in_turn_all_have_factors(stagger, factor_frequency):
+    heads = make_params((6, 5), (6, 5), (6, 5))[:factor_frequency]
+    optimizer = AdamWShampoo(heads, factor_frequency=factor_frequency, precondition_frequency=4, block_size=6, stagger=stagger)
+    for t in range(24):
+        set_gradients(heads, t)
+        for i, p in enumerate(heads):
+            p.grad = p.grad if t % len(heads) == i else None
+        optimizer.step()
+    factors, roots = ([optimizer.state[p][f"{name}.0.0"] for p in heads] for name in ("factors", "inv_roots"))
+    assert all(x.any() for x in factors + roots)
+    identity = 1e-8**-0.25 * torch.eye(6)  # the root of an empty factor
+    assert all((x - identity).norm() > 1 for x in roots)
