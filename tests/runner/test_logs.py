@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder, latest_checkpoint
+from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder, latest_checkpoint, save_checkpoint
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
@@ -56,3 +56,46 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         latest_checkpoint(tmp_path, torch.device("cpu"))
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("keep_others", [False, True])
+def test_a_save_that_fails_in_the_middle_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, keep_others):
+    """Of the same step, as after a restart, and of an earlier one."""
+    save_checkpoint(tmp_path, {"global_step": 10, "loss": 0.5}, keep_others)
+    save = torch.save
+
+    def fail(state, target):
+        save({**state, "loss": None}, target)
+        with Path(target).open("r+b") as file:
+            file.truncate(100)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    for step in (10, 20):
+        with pytest.raises(OSError, match="no space left"):
+            save_checkpoint(tmp_path, {"global_step": step, "loss": 0.25}, keep_others)
+        assert latest_checkpoint(tmp_path, torch.device("cpu")) == {"global_step": 10, "loss": 0.5}
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, {"global_step": 20, "loss": 0.25}, keep_others)
+    assert latest_checkpoint(tmp_path, torch.device("cpu")) == {"global_step": 20, "loss": 0.25}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_10"] * keep_others + ["checkpoint_20"]
+
+
+def test_other_checkpoints_are_removed_only_once_the_new_one_is_there(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"global_step": 10}, keep_others=False)
+    replace = Path.replace
+
+    def seen(path, target):
+        assert (tmp_path / "checkpoint_10").exists()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", seen)
+    save_checkpoint(tmp_path, {"global_step": 20}, keep_others=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_20"]
+
+
+def test_the_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path):
+    assert latest_checkpoint(tmp_path, torch.device("cpu")) is None
+    for step in (9, 100, 20):
+        save_checkpoint(tmp_path, {"global_step": step}, keep_others=True)
+    assert latest_checkpoint(tmp_path, torch.device("cpu")) == {"global_step": 100}

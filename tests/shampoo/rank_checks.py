@@ -1,14 +1,23 @@
 """The functions of (rank, size) that `test_ranks` runs on every rank."""
 
+import contextlib
+import copy
+import pickle
+import warnings
+from datetime import timedelta
 from itertools import pairwise
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import shampoo.copies
+import shampoo.optimizer
 from shampoo import AdamWShampoo
 from shampoo.diagnostics import diagnostics, weights
 
+NAMED = torch.__version__ >= "2.6"  # whether torch's optimizers take names
 COMMON = {"lr": 1e-3, "eps": 1e-4, "block_size": 16, "precondition_frequency": 20, "start_preconditioning_step": 40}
 
 
@@ -102,7 +111,7 @@ def diagnosed(rank, size, sharded=False):
 def missing_on_one_rank(rank, size):
     """Leave out a gradient on rank 1 at step 3. Return the step at which this rank raises, and the error."""
     model = build()
-    named = [{"params": list(model.named_parameters())}] if torch.__version__ >= "2.6" else groups_of(model)
+    named = [{"params": list(model.named_parameters())}] if NAMED else groups_of(model)
     optimizer = AdamWShampoo(named, **COMMON)
     for t in range(6):
         images, words, targets = batch(t)
@@ -134,8 +143,6 @@ def different_options(rank, size):
 
 def different_later(rank, size):
     """Return the errors for a different or invalid `to`, a copy, and rates that differ at a consolidation or a load."""
-    import copy
-
     errors = []
 
     def attempt(act):
@@ -528,3 +535,259 @@ def set_without_gathering(rank, size):
             return str(error)
     optimizer.consolidate_state_dict(to=None)
     return optimizer.state[p]["exp_avg"].max().item()
+
+
+SHAPES = [(24, 20), (7, 9), (7, 9), (5,), (6, 5, 4)]
+
+
+def random_gradients(params, t):
+    """Set the same standard normal gradients on all ranks."""
+    draw = torch.Generator().manual_seed(t)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+
+
+def parameters(*shapes, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+
+
+def quick_group(size):
+    """Return a process group of all ranks in which nothing waits for longer than 20 seconds."""
+    return dist.new_group(list(range(size)), timeout=timedelta(seconds=20))
+
+
+def first_error(optimizer, params, steps, fails=lambda t: contextlib.nullcontext(), gradients=random_gradients):
+    """Take steps, each within `fails(t)`. Return the one that raises on this rank and its error."""
+    for t in range(steps):
+        gradients(params, t)
+        try:
+            with fails(t):
+                optimizer.step()
+        except Exception as error:
+            return t, f"{type(error).__name__}: {error}"
+    return None
+
+
+def failing_function(module, name, at, rank, before=True):
+    """Return a function of t: a context in which, at step `at` on rank 1, a function raises before or after its work."""
+
+    def fails(t):
+        if (t, rank) != (at, 1):
+            return contextlib.nullcontext()
+        original, calls = getattr(module, name), []
+
+        def call(*arguments, **options):
+            """Fail at the first call."""
+            calls.append(name)
+            found = original(*arguments, **options) if len(calls) > 1 or not before else None
+            if len(calls) == 1:
+                raise RuntimeError("out of memory")
+            return found
+
+        return mock.patch.object(module, name, call)
+
+    return fails
+
+
+def staggered_resume(rank, size, path, first, last, **options):
+    """Resume from step `first` (0: none) and train to step `last` with staggered roots.
+
+    Return the steps at which some weight did not move, and the roots that are zero at the end.
+    """
+    params = parameters(*SHAPES)
+    optimizer = AdamWShampoo(params, lr=1e-3, block_size=6, stagger=True, precondition_frequency=7, **options)
+    if first:
+        saved = torch.load(f"{path}/{first}", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        for p, w in zip(params, saved["weights"], strict=True):
+            p.data.copy_(w)
+    stuck = []
+    for t in range(first + 1, last + 1):
+        random_gradients(params, t)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        stuck += [t] if any((p == q).any() for p, q in zip(params, before, strict=True)) else []
+    optimizer.consolidate_state_dict(to=None)
+    state = optimizer.state_dict()
+    if rank == 0:
+        torch.save({"optimizer": state, "weights": [p.detach() for p in params]}, f"{path}/{last}")
+    if size > 1:
+        dist.barrier()
+    roots = [(i, key, X) for i, entry in state["state"].items() for key, X in entry.items() if "roots" in key]
+    return stuck, [(i, key, b) for i, key, X in roots for b in range(len(X)) if not X[b].any()]
+
+
+def group_added_after_consolidation(rank, size):
+    """Add a group to a consolidated state. Return the error of state_dict(), and the state after one more consolidation."""
+    p, q = parameters((9, 7), (8, 8))
+    optimizer = AdamWShampoo([p], **COMMON)
+    first_error(optimizer, [p], 3)
+    optimizer.consolidate_state_dict(to=None)
+    optimizer.add_param_group({"params": [q]})
+    error = None
+    try:
+        optimizer.state_dict()
+    except RuntimeError as found:
+        error = str(found)
+    optimizer.consolidate_state_dict(to=None)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    first_error(optimizer, [p, q], 2)
+    return error, {i: {key: tuple(x.shape) for key, x in entry.items()} for i, entry in saved["state"].items()}
+
+
+def large_directions(rank, size, dtype):
+    """Exchange directions of up to 1e6 in a dtype. Return the weights after each of three steps."""
+    params, found = parameters((9, 7), (4,), dtype=torch.float32), []
+    options = {**COMMON, "grafting": "sgd", "start_preconditioning_step": 100, "lr": 1e-6, "betas": (0.0, 0.9)}
+    optimizer = AdamWShampoo(params, **options, exchange_dtype=dtype)
+    for t in range(3):
+        random_gradients(params, t)
+        params[0].grad[:3] *= 1e6
+        optimizer.step()
+        found.append(full_weights(nn.ParameterList(params)))
+    return found
+
+
+def pickled_alone(rank, size):
+    """Pickle an optimizer whose process group is this rank alone, train both, and return both weights."""
+    group = [dist.new_group([r]) for r in range(size)][rank]
+    params = parameters((9, 7), (4,))
+    optimizer = AdamWShampoo(params, **COMMON, process_group=group)
+    first_error(optimizer, params, 3)
+    other_params, other = pickle.loads(pickle.dumps((params, optimizer)))
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    for pair in ((optimizer, params), (other, other_params), (twin, twin_params)):
+        first_error(*pair, 3)
+    return [[p.detach() for p in found] for found in (params, other_params, twin_params)]
+
+
+def failing_after_exchange(rank, size, function):
+    """Fail in a function behind the exchange on rank 1 at step 3. Return the step at which this rank raises, and its error."""
+    params = parameters((9, 7), (4,))
+    optimizer = AdamWShampoo(params, **COMMON, process_group=quick_group(size))
+    return first_error(optimizer, params, 8, failing_function(shampoo.optimizer, function, 3, rank))
+
+
+def failing_while_reading(rank, size, before, decay):
+    """Fail on rank 1 at step 3 while reading the first of two DTensors, before or after its first collective."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    group = quick_group(size)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters((9, 7), (4, 6))]
+
+    def gradients(params, t):
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    optimizer = AdamWShampoo(params, **COMMON, weight_decay=decay, process_group=group)
+    fails = failing_function(shampoo.copies, "full_tensor", 3, rank, before)
+    return first_error(optimizer, params, 8, fails, gradients)
+
+
+def different_weights(rank, size, case):
+    """Make weights of rank 1 differ at construction. Return the step that raises, its error, and whether weights moved."""
+    params = parameters((9, 7), (4,), (5, 5), dtype=torch.bfloat16 if case == "bfloat16" else torch.float32)
+    W = params[2].data
+    if rank == 1 and case == "one bit":
+        W.view(torch.int32)[4, 3] ^= 1
+    elif rank == 1 and case == "a sign of zero":
+        W[0, 0] = -0.0
+    elif rank == 1 and case == "two rows swapped":
+        W.copy_(W[[1, 0, 2, 3, 4]])
+    elif rank == 1 and case == "transposed":
+        W.copy_(W.T.clone())
+    elif rank == 1:
+        W.copy_(torch.randn(5, 5))
+    if rank == 0 and case == "a sign of zero":
+        W[0, 0] = 0.0
+    optimizer = AdamWShampoo([(f"layer{i}", p) for i, p in enumerate(params)] if NAMED else params, **COMMON)
+    before = [p.detach().clone() for p in params]
+    if case == "repaired before the first step":
+        for p in params:
+            dist.broadcast(p.data, 0)
+        before = [p.detach().clone() for p in params]
+    found = first_error(optimizer, params, 2)
+    return found, any((p != q).any() for p, q in zip(params, before, strict=True))
+
+
+def state_before_the_first_step(rank, size):
+    """Take the state_dict on rank 0 alone. Return it, and weights of a run that loads it and of one that does not."""
+    params, others = parameters((9, 7), (4,)), parameters((9, 7), (4,))
+    optimizer, other = AdamWShampoo(params, **COMMON), AdamWShampoo(others, **COMMON)
+    saved = copy.deepcopy(optimizer.state_dict()) if rank == 0 else None
+    shared = [saved]
+    dist.broadcast_object_list(shared, 0)
+    other.load_state_dict(shared[0])
+    again = copy.deepcopy(other.state_dict()) if rank == 0 else None  # still all zero
+    for pair in ((optimizer, params), (other, others)):
+        first_error(*pair, 45)
+    return saved, again, [[p.detach() for p in found] for found in (params, others)]
+
+
+def state_after_a_load(rank, size):
+    """Load a trained state before the first step. Return the error of state_dict(), which now needs to be gathered."""
+    params = parameters((9, 7), (4,))
+    trained, fresh = AdamWShampoo(params, **COMMON), AdamWShampoo(params, **COMMON)
+    first_error(trained, params, 3)
+    trained.consolidate_state_dict(to=None)
+    fresh.load_state_dict(trained.state_dict())
+    try:
+        fresh.state_dict()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def former_name(rank, size):
+    """Call consolidate(). Return its warnings, and whether the state was gathered, to all and to rank 1."""
+    params, found = parameters((9, 7)), []
+    optimizer = AdamWShampoo(params, **COMMON)
+    for to in (None, 1):
+        first_error(optimizer, params, 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.consolidate(to)
+        try:
+            found.append(len(optimizer.state_dict()["state"]))
+        except RuntimeError:
+            found.append(None)
+        found.append([f"{w.category.__name__}: {w.message}" for w in caught if w.filename == __file__])
+    return found
+
+
+def loaded_into_other_blocks(rank, size):
+    """Load a state with another block size, so that buckets have other lengths. Return errors, and weights of both runs."""
+    params, others = parameters((24, 20), (9,)), parameters((24, 20), (9,))
+    optimizer = AdamWShampoo(params, **{**COMMON, "block_size": 5, "start_preconditioning_step": 2})
+    other = AdamWShampoo(others, **{**COMMON, "block_size": 16})
+    first_error(other, others, 1)
+    first_error(optimizer, params, 4)
+    optimizer.consolidate_state_dict(to=None)
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    errors = [first_error(optimizer, params, 4), first_error(other, others, 4)]
+    return errors, [p.detach() for p in params], [p.detach() for p in others]
+
+
+def group_that_one_rank_cannot_add(rank, size):
+    """Add a group that is an error on rank 1 alone.
+
+    Return the error, the groups that remain, whether a right group can be added then, and whether it trains.
+    """
+    p, q = parameters((9, 7), (4,))
+    optimizer = AdamWShampoo([p], **COMMON)
+    first_error(optimizer, [p], 1)
+    try:
+        optimizer.add_param_group({"params": [q], "eps": -1.0 if rank == 1 else 1e-4})
+    except (ValueError, RuntimeError) as error:
+        remaining = len(optimizer.param_groups)
+        failed = first_error(optimizer, [p], 1)
+        optimizer.add_param_group({"params": [q]})
+        before = q.detach().clone()
+        return str(error), remaining, failed or first_error(optimizer, [p, q], 2), (q != before).all().item()
+    return None

@@ -131,3 +131,49 @@ def test_only_a_matrix_that_fails_falls_back(monkeypatch, silent):
     assert rescued == {1: "computed in float64", 2: "kept as they were"}
     for i, expected in enumerate([torch.eye(3), 2**-0.5 * torch.eye(3), previous[2], 0.5 * torch.eye(3)]):
         torch.testing.assert_close(X[i], expected)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+@pytest.mark.parametrize("fails", [False, True], ids=["solver", "solver after a failure"])
+def test_a_solver_runs_with_full_precision_and_the_setting_is_restored(monkeypatch, fails, allowed):
+    seen = []
+
+    def solve(A, s, p, eps, Q=None):
+        seen.append(torch.get_float32_matmul_precision())
+        if fails and len(seen) == 1:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(A, s, p, eps)
+
+    eigh = roots.eigh
+    monkeypatch.setattr(roots, "eigh", solve)  # what rescues a matrix
+    monkeypatch.setitem(SOLVERS, "recorded", Solver(solve))
+    A = 2 * torch.eye(3)[None]
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        root(A, 0.5, 1e-8, solver="recorded")
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"] * (1 + fails)
+
+
+@pytest.mark.parametrize("exponents", [(1e-30,), (0.5, 1e-320), (1 / 65,), (0.3,)])
+def test_newton_has_only_roots_whose_inverse_is_an_integer_up_to_64(exponents):
+    with pytest.raises(ValueError, match=r"solver 'newton' needs exponents 1, 1/2, 1/3, ...; .* the smallest is 1/64"):
+        SOLVERS["newton"].check(exponents)
+    SOLVERS["newton"].check((0.0, 1.0, 0.5, 1 / 3, 1 / 64))
+
+
+def test_newton_of_the_smallest_exponent_agrees_with_float64():
+    A = torch.diag(torch.tensor([1e-3, 1.0, 50.0]))[None]
+    X = root(A, 1 / 64, 1e-3, solver="newton")
+    assert relative(X[0].numpy(), exact(A[0].double().numpy(), 1 / 64, 1e-3)) < 1e-4
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("eps", [1e-12, 1e-30, 1e-37])
+def test_a_root_is_finite_however_small_eps_is(eps, p):
+    for A in (torch.zeros(2, 3, 3), torch.eye(3).repeat(2, 1, 1) * 1e-30, torch.ones(2, 3, 3)):
+        X, causes = inverse_root(A, 1.0, p, eps, torch.zeros_like(A))
+        assert X.isfinite().all()
+        assert set(causes.values()) <= {"replaced by the identity", "computed in float64"}
