@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,14 +14,11 @@ from . import checkpoint, options
 from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, attempt, check_exchanges, find_ranks, make_exchanges
-from .shown import Shown
-from .state import Bucket, make_buckets, signature
+from .shown import Entry, Shown
+from .state import Bucket, make_buckets
 
 # Attributes that pickle and deepcopy keep, besides torch's.
-KEPT = (
-    "_ranks", "_exchange_dtype", "_health", "_buckets", "_removed", "_shown", "_exchanges", "_consolidated", "_initialized",
-    "_compared", "_signature",
-)  # fmt: skip
+KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_consolidated", "_initialized", "_compared")
 
 
 class BucketedOptimizer(Optimizer):
@@ -41,9 +39,7 @@ class BucketedOptimizer(Optimizer):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
         self._buckets: list[Bucket] = []
-        self._signature: list[Any] = []  # `signature` of the groups that the buckets were made for
-        self._removed: dict[Tensor, dict[str, Any]] = {}  # state of parameters removed from the groups, in case they return
-        self._shown: Shown | None = None  # what `state` shows, once it has been read
+        self._shown = Shown([], [], {}, dict)  # what `state` shows of the buckets
         self._exchanges: list[Exchange] = []  # [] on one rank
         self._consolidated: dict[Tensor, dict[str, Any]] | None = None  # the gathered state of all ranks, until the next step
         self._initialized = self._compared = False
@@ -70,16 +66,17 @@ class BucketedOptimizer(Optimizer):
         number = len(self.param_groups)
         _, error = attempt(self._add, param_group)
         try:
-            agree(self._ranks, options.describe(self.param_groups), error)
+            agree(self._ranks, options.describe(self.param_groups) if error is None else [], error)
+            self._update_buckets()
         except Exception:  # on any rank, so all ranks drop the group
             del self.param_groups[number:]
             raise
-        self._update_buckets()
 
     def _add(self, param_group: dict[str, Any]) -> None:
         options.check_names(param_group)
         number = len(self.param_groups)
-        super().add_param_group({name: options.plain(value) for name, value in param_group.items()})
+        param_group.update({name: options.plain(value) for name, value in param_group.items()})  # torch keeps this very dict
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
         try:
@@ -97,57 +94,32 @@ class BucketedOptimizer(Optimizer):
         if state does not fit, and leaves the buckets unchanged.
         """
         groups: Any = self.param_groups
-        if signature(groups) == self._signature and not (self._shown and self._shown.changed(self._state)):
+        if not self._shown.changed(self.state, groups):
             return
         _, error = attempt(options.check_groups, groups)
         if self._initialized:
-            agree(self._ranks, options.describe(groups), error)
+            agree(self._ranks, options.describe(groups) if error is None else [], error)
         elif error is not None:
             raise error
         single = self._ranks.size == 1
         shards = [[bucket] for bucket in self._buckets] if single else checkpoint.collect(self._buckets, self._ranks, None)
-        entries = {**self._removed, **checkpoint.pack(shards)}
-        if self._shown:
-            self._shown.merge(entries, self._state)
+        live = checkpoint.pack(shards)
+        self._shown.release(self.state, set(self._params()), live)
+        entries = self._shown.collect(self.state, live)
         buckets = make_buckets(groups, self._ranks.rank, self._ranks.size)
         checkpoint.unpack(buckets, entries, self._names(), checkpoint.MAY_START_LATE)
         self._install(buckets)
-        params = set(self._params())
-        self._removed = {p: entry for p, entry in entries.items() if p not in params}
 
     def _install(self, buckets: list[Bucket]) -> None:
         """Replace the buckets by new ones, which must fit the groups."""
-        self._hide()
-        self._buckets, self._signature = buckets, signature(self.param_groups)  # type: ignore[arg-type]
-        self._consolidated = None
+        self._buckets, self._consolidated = buckets, None
+        self._shown = Shown(buckets, self.param_groups, self.state, self._live)  # type: ignore[arg-type]
         self._exchanges = make_exchanges(buckets, self._names(), self._ranks, self._exchange_dtype)
 
-    def _hide(self) -> None:
-        if self._shown:
-            self._shown.hide(self._state)
-        self._shown = None
-
-    @property
-    def state(self) -> defaultdict[Any, Any]:
-        """State of each parameter, as in torch's optimizers.
-
-        On multiple ranks, it is complete before the first step, and from `consolidate_state_dict()` to the next step on ranks
-        that it gathers to; otherwise, it has only `step`.
-        """
-        if self._initialized:
-            if self._ranks.size == 1:
-                self._update_buckets()
-            if self._shown is None:
-                steps = {p: n for bucket in self._buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
-                entries = self._gathered() or {p: {"step": torch.tensor(float(n))} for p, n in steps.items()}
-                self._shown = Shown(self._buckets, entries, self._state)
-        return self._state
-
-    @state.setter
-    def state(self, value: defaultdict[Any, Any]) -> None:
-        if self._initialized:
-            _ = self.state  # show the state, so that parameters missing in the new value are reset
-        self._state = value
+    def _live(self) -> Mapping[Tensor, dict[str, Any]]:
+        """Return each parameter's state for `state` to show; on multiple ranks, `step` alone unless it is gathered."""
+        steps = {p: n for bucket in self._buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
+        return self._gathered() or {p: {"step": torch.tensor(float(n))} for p, n in steps.items()}
 
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
@@ -164,8 +136,9 @@ class BucketedOptimizer(Optimizer):
         check_exchanges(self._exchanges)
         self._health.count(self._names)
         self._update_buckets()
+        self._shown.read()
         if self._exchanges:
-            self._hide()
+            self._shown.reset()
             self._consolidated = None
             if not self._compared:
                 names, params = self._names(), [p for p in self._params() if not is_sharded(p) and not is_lazy(p)]
@@ -180,7 +153,7 @@ class BucketedOptimizer(Optimizer):
             return checkpoint.pack(
                 [checkpoint.zero_shards(bucket, torch.device("cpu"), self._ranks) for bucket in self._buckets]
             )
-        return self._consolidated if signature(self.param_groups) == self._signature else None  # type: ignore[arg-type]
+        return self._consolidated if not self._shown.changed(self.state, self.param_groups) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return options and state per parameter, as in torch's optimizers; the module `checkpoint` lists the keys.
@@ -193,6 +166,7 @@ class BucketedOptimizer(Optimizer):
             pre_hook(self)
         if self._ranks.size == 1:
             self._update_buckets()
+            self._shown.read()
         entries = self._gathered()
         if entries is None:
             raise RuntimeError(
@@ -200,7 +174,7 @@ class BucketedOptimizer(Optimizer):
                 "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
                 "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
             )
-        packed = checkpoint.pack_state_dict(self.param_groups, entries, self._state)
+        packed = checkpoint.pack_state_dict(self.param_groups, entries, self._shown.foreign(self.state))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
@@ -219,7 +193,8 @@ class BucketedOptimizer(Optimizer):
         agree(self._ranks, [f"to {to}", *options.describe(self.param_groups)], error)
         self._update_buckets()
         if self._ranks.size > 1:
-            self._hide()
+            self._shown.read()
+            self._shown.reset()
             shards = checkpoint.collect(self._buckets, self._ranks, to)
             self._consolidated = checkpoint.pack(shards) if shards or to in (None, self._ranks.rank) else None
 
@@ -242,8 +217,9 @@ class BucketedOptimizer(Optimizer):
         found, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
         agree(self._ranks, options.describe(found[0]) if found else [], error)
         self.param_groups, buckets, state = found
+        self.state.clear()  # the same dictionary: wrappers may share it
+        self.state.update({key: Entry(entry) if isinstance(key, Tensor) else entry for key, entry in state.items()})
         self._install(buckets)
-        self._removed, self._state = {}, defaultdict(dict, state)
         self._health.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -254,5 +230,10 @@ class BucketedOptimizer(Optimizer):
                 "an optimizer on multiple ranks cannot be pickled or copied: use consolidate_state_dict() and state_dict()"
             )
         self._update_buckets()
-        self._hide()
-        return {name: vars(self)[name] for name in ("defaults", "param_groups", "_state", *KEPT)}
+        self._shown.read()
+        kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
+        return {**kept, "state": defaultdict(dict, self._shown.foreign(self.state))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._install(self._buckets)

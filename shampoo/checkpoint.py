@@ -21,13 +21,13 @@ from torch import Tensor
 from .copies import assemble, copy, flat_views, grid_views
 from .group import Group
 from .options import OPTIONS, check_group, check_value, integer, one_of, parameter_names, plain
-from .preconditioner import PRECONDITIONERS
 from .ranks import Ranks
-from .state import Bucket, allocate, make_buckets, moments, tensors
+from .state import Bucket, allocate, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
 ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that a state_dict may lack
-MAY_START_LATE = ("momentum_buffer", "eigvecs")  # state that may be missing after a change of options, and then starts at zero
+# State that may be missing after a change of groups or of `state`, and then starts at zero.
+MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
 Entry = dict[str, Any]  # state of a parameter
 
@@ -97,8 +97,8 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
         for p, steps in zip(params, shards[0].steps, strict=True):
             state[p] = {"step": torch.tensor(float(steps))}
         for named in zip(*map(moments, shards), strict=True):
-            for p, X in zip(params, assemble(layouts, [flat for _, flat in named]), strict=True):
-                state[p][named[0][0]] = X.view(p.shape)
+            for p, shape, X in zip(params, shards[0].shapes, assemble(layouts, [flat for _, flat in named]), strict=True):
+                state[p][named[0][0]] = X.view(shape)
         parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
         for i, key, rows, X in chain(*map(saved_blocks, shards)):
             parts.setdefault((i, key), []).append((rows.start, X))
@@ -134,34 +134,39 @@ def unpack(
     Raises ValueError, naming the parameter, if other state is missing, or if any has the wrong type, shape, or values.
     """
 
-    def find(p: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a parameter's saved tensor. Raises ValueError unless it is valid."""
+    def find(p: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a parameter's saved tensor in this dtype. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
         if X is None and key.split(".")[0] in late:
             return torch.zeros(shape)
         words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
         if X is None:
             raise ValueError(f"{words}a tensor; is it another optimizer's, or of other options? It has {', '.join(saved[p])}")
-        if not isinstance(X, Tensor) or X.shape != shape or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
+        if not isinstance(X, Tensor) or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
             raise ValueError(f"{words}a dense floating-point tensor of shape {shape}")
+        if X.shape != shape and (saved[p]["step"] or X.any()):
+            changed = "if the parameter or an option such as block_size changed, undo that or delete the parameter's state"
+            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}: {changed}")
+        X = X.to(dtype) if X.shape == shape else torch.zeros(shape)
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
             raise ValueError(f"{words}finite{' and nonnegative' if key == 'exp_avg_sq' else ''}")
         return X
 
     for bucket in buckets:
-        kept = [bool(saved.get(p)) for p in bucket.params]
+        kept = [any(is_own(bucket, key) for key in saved.get(p, ())) for p in bucket.params]
         for i, p in enumerate(bucket.params):
             if kept[i]:
                 bucket.steps[i] = read_steps(saved[p].get("step"), names[p])
         for name, flat in moments(bucket):
-            found = [find(p, name, tuple(p.shape)).contiguous() if kept[i] else None for i, p in enumerate(bucket.params)]
-            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, found))
+            found = [find(p, name, tuple(p.shape), flat.dtype) if kept[i] else None for i, p in enumerate(bucket.params)]
+            contiguous = [None if X is None else X.contiguous() for X in found]
+            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, contiguous))
         count: Counter[tuple[int, str]] = Counter()  # blocks of each grid, over all ranks
         for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
             count[grid.param, str(grid.number)] += grid.size
         for i, key, rows, X in saved_blocks(bucket):
             if kept[i]:
-                X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]))[rows])
+                X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]), bucket.dtype)[rows])
         for preconditioner in bucket.preconditioners if any(kept) else ():
             preconditioner.find_rootless()
 
@@ -175,28 +180,6 @@ def lookup(entry: Any, key: str) -> Any:
     return entry
 
 
-def describe_tensor(X: Any) -> str:
-    """Return a description of a value in an entry, for error messages."""
-    if not isinstance(X, Tensor):
-        return "nothing" if X is None else repr(X)
-    kind = "" if X.layout == torch.strided and not X.is_meta else f"{X.layout} on {X.device} of "
-    return f"{kind}{X.dtype} of shape {tuple(X.shape)}"
-
-
-def read_steps(step: Any, name: str) -> int:
-    """Return `step` as an int. Raises ValueError unless it is an integer in [0, 2^53), or a one-element tensor of one."""
-    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**53 or number != int(number):
-        raise ValueError(f"the state of {name} holds {describe_tensor(step)} for step; it must be an integer >= 0")
-    return int(number)
-
-
-def is_own(bucket: Bucket, key: Any) -> bool:
-    """Return whether a key of an entry is the optimizer's own, and not foreign."""
-    names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
-    return str(key).split(".")[0] in names
-
-
 def read(
     state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
 ) -> tuple[list[Group], list[Bucket], dict[Any, Entry]]:
@@ -208,10 +191,10 @@ def read(
     names, buckets = parameter_names(found), make_buckets(found, ranks.rank, ranks.size)
     members = [(bucket, p) for bucket in buckets for p in bucket.params]
     for bucket, p in members:
-        if not state.get(p) and p.requires_grad:  # torch.distributed.checkpoint leaves out the state of frozen parameters
-            raise ValueError(
-                f"the state_dict has no state for {names[p]}; it must have step, {', '.join(dict(moments(bucket)))}"
-            )
+        # torch.distributed.checkpoint leaves out the state of frozen parameters.
+        if p.requires_grad and not any(is_own(bucket, key) for key in state.get(p, ())):
+            keys = ", ".join(("step", *dict(moments(bucket))))
+            raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
     unpack(buckets, state, names)
     for bucket, p in members:
         foreign = {key: x for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
@@ -226,13 +209,13 @@ def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
     and for options that are missing or out of range.
     """
     try:
-        saved, entries = list(state_dict["param_groups"]), {key: dict(entry) for key, entry in state_dict["state"].items()}
+        saved, entries = list(state_dict["param_groups"]), dict(state_dict["state"])
         keys = [list(group["params"]) for group in saved]
+        entries.update({key: {**entries.get(key, {})} for key in chain(*keys)})
         options = [
             {name: plain(deepcopy(x)) for name, x in group.items() if name not in ("params", "param_names")} for group in saved
         ]
-        entries.update({key: entries.get(key, {}) for key in chain(*keys)})
-        version = state_dict.get("version", VERSION if any("step" in entry for entry in entries.values()) else 1)
+        version = state_dict.get("version", VERSION if any("step" in entries[key] for key in chain(*keys)) else 1)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not an optimizer's state_dict: reading param_groups and state raised {error!r}") from error
     check_value("the state_dict's version", version, one_of(*range(1, VERSION + 1)))

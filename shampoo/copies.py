@@ -126,10 +126,15 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
     for p in params:
         G, W, plain = p.grad, p, p.is_contiguous()
         if hasattr(p, "full_tensor"):
+            plain = False
             try:
-                G, W, plain = full_gradient(p), full_tensor(p) if decay else p, False
+                G = full_gradient(p)
             except Exception as error:
-                failure = error  # raised below, after the collectives of the other parameters, in which other ranks wait
+                failure = error  # raised below, after the collectives that follow, in which other ranks wait
+            try:
+                W = full_tensor(p) if decay else p
+            except Exception as error:
+                failure = error
         grads.append(G)
         weights.append(W.contiguous() if G is not None and (plain or decay) else None)
         in_place = in_place and (plain or G is None)
@@ -188,11 +193,13 @@ def is_sharded(x: Tensor) -> bool:
 
 
 def checksum(x: Tensor) -> int:
-    """Return sum_ij (i + j) b_ij over i, j >= 1, to tell different tensors apart; 0 for an empty tensor.
+    """Return sum_ij (1000003 i + 998244353 j) b_ij modulo 2^64 over i, j >= 1, to tell different tensors apart.
 
     b is x with its bits as integers, and all dimensions but the first flattened.
     """
+    if not x.numel():
+        return 0
     bits = x.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
     rows = bits.reshape(x.shape[0] if x.dim() else 1, -1)
-    sums = [rows.sum(dim=d, dtype=torch.int64) for d in (0, 1)]
-    return sum(int((S * torch.arange(1, 1 + len(S), device=S.device)).sum()) for S in sums) if x.numel() else 0
+    sums = {998244353: rows.sum(dim=0, dtype=torch.int64), 1000003: rows.sum(dim=1, dtype=torch.int64)}
+    return sum(int((S * (k * torch.arange(1, 1 + len(S), device=S.device))).sum()) for k, S in sums.items())

@@ -66,10 +66,10 @@ class Health:
                 if G is not None:
                     params.append(p)
                     grads.append(G)
-                    if G.layout != torch.strided or G.is_complex():
+                    if G.layout != torch.strided or G.is_complex() or G.is_meta:
                         raise RuntimeError(
-                            f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype}; it must be dense and "
-                            "real (for an embedding: sparse=False)"
+                            f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype} on {G.device}; it must be "
+                            "dense and real (for an embedding: sparse=False)"
                         )
             if grads:
                 norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from . import options
 from .bucketed import BucketedOptimizer
 from .copies import Inputs, flat_views, move, read
 from .ranks import attempt, exchange_all
 from .roots import QR_TOLERANCE
-from .state import signature
 from .step import compute_directions
 
 
@@ -124,13 +123,14 @@ class AdamWShampoo(BucketedOptimizer):
         """Counts of skipped steps, of roots that needed a fallback, and of directions that were not finite."""
         return self._health.events
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. Return the loss of `closure`, called with gradients enabled, or None."""
         # 1. Loss and gradients
-        loss, error = attempt(torch.enable_grad()(closure)) if closure is not None else (None, None)
+        loss, error = attempt(torch.enable_grad()(closure)) if closure else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
-        if self._exchanges or self._shown or self._health.norms or signature(self.param_groups) != self._signature:  # type: ignore[arg-type]
+        if self._exchanges or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
             self._start_step()
         inputs: list[Inputs] = []
         for bucket in self._buckets:
@@ -149,48 +149,50 @@ class AdamWShampoo(BucketedOptimizer):
                 skip = finite is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                P, of_rank = compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), [])
-                directions.append(P)
-                views.append([of_rank])
+                P, grids = compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), [])
+                directions, views = [*directions, P], [*views, [grids]]
             for group in self.param_groups if not skip else ():
                 group["step"] += id(group) in moving
         except Exception as failure:
             error, skip = failure, True
 
         # 3. Directions of all ranks
-        if self._exchanges:
-            views = self._exchange(directions, inputs, skip, failed=error is not None)
+        gathered = self._exchange(directions, [skip, error is not None]) if self._exchanges else []
         if error is not None:
-            raise error  # the other ranks raise at their next step
+            raise error  # other ranks raise at their next step
 
-        # 4. Weights
+        # 4. Weights. A rank that fails here joins the next exchange of the others, so that they hear of it
         try:
+            if gathered and not skip:
+                views = self._views_of_ranks(gathered, inputs)
             for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, views, strict=True) if not skip else ():
                 if bucket.unusual:
                     self._health.report(bucket, self._names)
                 move(bucket.params, bucket.layouts, of_bucket, of_ranks, float(bucket.group["lr"]))
         except Exception:
-            self._join_next_exchange(inputs)
+            self._join_next_exchange()
             raise
-        if self._shown:
-            self._shown.refresh()
+        if self._shown.own:
+            self._shown.write()
         return loss
 
-    def _exchange(self, directions: list[Tensor], inputs: list[Inputs], skip: bool, failed: bool) -> list[list[list[Tensor]]]:
-        """Exchange directions; return views of all ranks' as [bucket][rank][grid], or [] if this rank skips the step."""
-        if skip:
+    def _exchange(self, directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
+        """Return all ranks' directions [bucket][rank], given this rank's, zeros on skip, and its flags [skip, failed]."""
+        if flags[0]:
             directions = [bucket.zeros() for bucket in self._buckets]
-        found = exchange_all(self._exchanges, directions, [skip, failed])
-        if skip:
-            return []
-        return [
-            [flat_views(layout, P, of_bucket.grads) for layout, P in zip(bucket.layouts, of_ranks, strict=True)]
-            for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, found, strict=True)
-        ]
+        return exchange_all(self._exchanges, directions, flags)
 
-    def _join_next_exchange(self, inputs: list[Inputs]) -> None:
-        """Join the other ranks' next exchange as a failed rank, after a failure that follows the exchange of this step."""
+    def _views_of_ranks(self, gathered: list[list[Tensor]], inputs: list[Inputs]) -> list[list[list[Tensor]]]:
+        """Return the `flat_views` [bucket][rank][grid] of all ranks' directions."""
+        found = []
+        for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, gathered, strict=True):
+            pairs = zip(bucket.layouts, of_ranks, strict=True)
+            found.append([flat_views(layout, P.to(bucket.dtype), of_bucket.grads) for layout, P in pairs])
+        return found
+
+    def _join_next_exchange(self) -> None:
+        """Take part in the other ranks' next step as a rank that failed."""
         if self._exchanges:
             for bucket in self._buckets:
                 attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-            attempt(self._exchange, [], inputs, True, True)
+            attempt(self._exchange, [], [True, True])

@@ -1,5 +1,6 @@
 """Allowed values of the optimizer's options, and checks of options and parameters."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
@@ -130,8 +131,14 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check all groups with `check_group`."""
-    for group in groups:
+    params = Counter(p for group in groups for p in group["params"])
+    for k, group in enumerate(groups):
+        if missing := OPTIONS.keys() - group.keys():
+            raise ValueError(f"group {k} lacks {', '.join(sorted(missing))}; add it with add_param_group()")
         check_group(group)
+        for i, p in enumerate(group["params"]):
+            if params[p] > 1:
+                raise ValueError(f"{parameter_name(group, i)} of group {k} is in the groups {params[p]} times; remove it once")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -141,6 +148,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         check_value(name, group[name], rule)
     check_value("step", group["step"], integer(0))
     for i, p in enumerate(group["params"]):
+        if not isinstance(p, Tensor):
+            raise ValueError(f"params of a parameter group holds {p!r}; it must hold tensors")
         check_parameter(p, parameter_name(group, i))
         if not is_lazy(p):
             order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
@@ -153,7 +162,7 @@ def check_names(group: Mapping[str, Any]) -> None:
     Other unknown keys are allowed, since schedulers and libraries add their own to groups.
     """
     for name, value in group.items():
-        near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS else []
+        near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS and len(name) > 2 else []
         if near:
             raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
         if name in NOT_NEEDED and value:
@@ -173,7 +182,8 @@ def parameter_name(group: Mapping[str, Any], i: int) -> str:
     """Return "parameter NAME of shape (...)" for error messages, with the index in the group if there is no name."""
     names, p = group.get("param_names"), group["params"][i]
     shape = "unknown shape" if is_lazy(p) else f"shape {tuple(p.shape)}"
-    return f"parameter {names[i] if names and i < len(names) else i} of {shape}"
+    name = names[i] if names and len(names) == len(group["params"]) else i  # they differ if a user changed the group
+    return f"parameter {name} of {shape}"
 
 
 def parameter_names(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:

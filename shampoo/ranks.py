@@ -119,7 +119,7 @@ class Exchange:
         self._differing: HostCopy | None = None  # for each flag, whether it differed between ranks at the last exchange
 
     def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield (bucket index, each rank's directions), given this rank's of all buckets and its flags [skip, failed]."""
+        """Yield (bucket index, each rank's directions in this dtype), given this rank's and its flags [skip, failed]."""
         own = [directions[i] for i in self._buckets]
         flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
         if flags != self._flags:
@@ -131,7 +131,6 @@ class Exchange:
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
         self._differing = HostCopy((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
-        rows = rows.to(own[0].dtype)
         of_ranks = (torch.split_with_sizes(row[: sum(n)], n) for row, n in zip(rows, self._lengths, strict=True))
         return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
 

@@ -1,78 +1,175 @@
-"""Show the state of parameters in `optimizer.state`, and take over what users change there."""
+"""What `optimizer.state` shows of the state in buckets, and how changes that users make there get back."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .blocks import Layout
 from .copies import copy, flat_views, grid_views
-from .state import Bucket, moments
+from .group import Group
+from .options import STRUCTURAL
+from .state import Bucket, is_own, moments, read_steps
 
-Entries = Mapping[Tensor, dict[str, Any]]  # the state of each parameter
+Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
+
+
+class Entry(dict[str, Any]):
+    """The state of one parameter: a dictionary that gets its tensors from `fill` when it is first used."""
+
+    fill: Callable[[], None] | None = None
+
+    def __reduce__(self) -> Any:  # copies and pickles are plain dictionaries
+        return dict, (list(self.items()),)
+
+
+def _filled(name: str) -> Callable[..., Any]:
+    """Return a method of dict that fills the entry first."""
+    method = getattr(dict, name)
+
+    def call(entry: Entry, *arguments: Any, **named: Any) -> Any:
+        """Fill the entry, then call the method."""
+        if entry.fill is not None:
+            entry.fill()
+        return method(entry, *arguments, **named)
+
+    return call
+
+
+for _name in (
+    "__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__or__", "__repr__", "__reversed__",
+    "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
+):  # fmt: skip
+    setattr(Entry, _name, _filled(_name))
+
+
+def signature(groups: Sequence[Group]) -> list[Any]:
+    """Return what determines the buckets: parameters, shapes, devices, dtypes, and STRUCTURAL options."""
+    found: list[Any] = []
+    for group in groups:
+        found += [id(group), *map(group.get, STRUCTURAL)]
+        for p in group["params"]:
+            found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
+    return found
 
 
 class Shown:
-    """The tensors that `optimizer.state` shows: views of the live state, or copies where a view is not possible.
+    """The entries of `optimizer.state`: views of the live state, and copies where a tensor lies in several pieces.
 
-    Copies are `step`, and moments of parameters whose blocks are not contiguous in the flat vector. On multiple ranks, all
-    tensors are copies, until the next step.
+    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies.
 
     Args:
-        entries: the state of each parameter, from `checkpoint.pack`.
-        state: `optimizer.state`, to which the entries are added; foreign keys in it stay.
+        groups: what the buckets were made for.
+        state: `optimizer.state`; its dictionaries stay, with foreign keys, and tensors stay the same objects where they fit.
+        live: returns the entries to show.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], entries: Entries, state: dict[Any, dict[str, Any]]):
-        self._buckets, self._entries = buckets, entries
-        self._versions: list[tuple[Tensor, int]] = []
-        for p, entry in entries.items():
-            state[p].update(entry)
-        self.refresh()
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        groups: Sequence[Group],
+        state: dict[Any, Any],
+        live: Callable[[], Mapping[Tensor, Any]],
+    ):
+        self._buckets, self._signature, self._live = buckets, signature(groups), live
+        self._entries: Entries = {}
+        self._pointers: dict[int, int] = {}  # where the data of each shown tensor was
+        self.own: Entries = {}  # what was filled in; empty before that
+        for p in (p for bucket in buckets for p in bucket.params):
+            self._entries[p] = state[p] = state[p] if isinstance(state.get(p), dict) else Entry()
+        self.reset()
+        if not all(isinstance(entry, Entry) and not dict.__contains__(entry, "step") for entry in self._entries.values()):
+            self.fill()
+
+    def reset(self) -> None:
+        """Take the optimizer's own keys out of the entries, until a user looks at one."""
+        for p, own in self.own.items():
+            for key in own:
+                dict.pop(self._entries[p], key, None)
+        self.own = {}
+        for entry in self._entries.values():
+            if isinstance(entry, Entry):
+                entry.fill = self.fill
+
+    def fill(self) -> None:
+        """Put the optimizer's own keys into all entries."""
+        for entry in self._entries.values():
+            if isinstance(entry, Entry):
+                entry.fill = None
+        self.own = {p: dict(own) for p, own in self._live().items() if p in self._entries}
+        for p, own in self.own.items():
+            entry = self._entries[p]
+            for key, X in own.items():
+                now = entry.get(key)
+                if isinstance(now, Tensor) and now is not X and (now.dtype, now.device) == (X.dtype, X.device):
+                    now.data = X  # references to it stay alive
+                    own[key] = now
+                entry[key] = own[key]
+                self._pointers[id(own[key])] = X.data_ptr()
+
+    def changed(self, state: Mapping[Any, Any], groups: Any) -> bool:
+        """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
+        if signature(groups) != self._signature or not all(map(is_, map(state.get, self._entries), self._entries.values())):
+            return True
+        for bucket in self._buckets:
+            if (bucket.exp_avg is None and bucket.group["betas"][0]) or (
+                bucket.momentum_buffer is None and bucket.group["momentum"]
+            ):
+                return True
+        for p, own in self.own.items():
+            for key, X in own.items():
+                if X.data_ptr() != self._pointers[id(X)] or self._entries[p].get(key) is not X:
+                    return True
+        return any(is_own(bucket, key) for bucket, p in self._partly() for key in self._entries[p].keys() - self.own[p].keys())
+
+    def _partly(self) -> list[tuple[Bucket, Tensor]]:
+        """Return the bucket and parameter of each entry that shows only a part of the state, on multiple ranks."""
+        return [(bucket, p) for bucket in self._buckets for p in bucket.params if self.own and len(bucket.layouts) > 1]
+
+    def release(self, state: Mapping[Any, Any], params: set[Tensor], live: Entries) -> None:
+        """Give entries that users moved, or whose parameter is not among these, their state for good."""
+        for p, entry in self._entries.items():
+            if isinstance(entry, Entry) and (p not in params or state.get(p) is not entry):
+                entry.fill = None
+                dict.update(entry, {key: X for key, X in live[p].items() if key not in self.own.get(p, {})})
+
+    def collect(self, state: Mapping[Any, Any], live: Entries) -> Entries:
+        """Return each parameter's state as it is in `optimizer.state`, given the live state for what is not shown there."""
+        found: Entries = {}
+        for p, entry in state.items():
+            if isinstance(p, Tensor) and isinstance(entry, dict):
+                shown, found[p] = self.own.get(p, {}), dict(dict.items(entry))
+                if entry is self._entries.get(p) and (not shown or any(key in found[p] for key in shown)):
+                    found[p] = {**{key: X for key, X in live[p].items() if key not in shown}, **found[p]}
+        return found
 
     def _copies(self) -> Iterator[tuple[Layout, Tensor, list[Tensor | None]]]:
-        """Yield the layout, the flat vector, and each parameter's copy, None for a view, of each moment."""
-        for bucket in self._buckets:
+        """Yield for each moment its layout, flat vector, and the shown tensors that are copies."""
+        for bucket in self._buckets if self.own else ():
             for name, flat in moments(bucket):
-                shown = [self._entries[p].get(name) for p in bucket.params]
-                live = flat.untyped_storage().data_ptr()
+                shown, live = [self.own[p].get(name) for p in bucket.params], flat.untyped_storage().data_ptr()
                 yield bucket.layout, flat, [None if X is None or X.untyped_storage().data_ptr() == live else X for X in shown]
 
-    def refresh(self) -> None:
-        """Update the copies after a step."""
-        copies = []
-        for bucket in self._buckets:
+    def read(self) -> None:
+        """Copy into the live state what users changed in place."""
+        for bucket in self._buckets if self.own else ():
+            bucket.steps = [read_steps(self.own[p]["step"], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
+        for layout, flat, copies in self._copies():
+            copy(flat_views(layout, flat, copies), grid_views(layout, copies))
+
+    def write(self) -> None:
+        """Bring counts and copies up to date after a step."""
+        for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
-                copies.append(self._entries[p]["step"].fill_(steps))
-        for layout, flat, found in self._copies():
-            copy(grid_views(layout, found), flat_views(layout, flat, found))
-            copies += [X for X in found if X is not None]
-        self._versions = [(X, X._version) for X in copies]
+                self.own[p]["step"].fill_(steps)
+        for layout, flat, copies in self._copies():
+            copy(grid_views(layout, copies), flat_views(layout, flat, copies))
 
-    def changed(self, state: Entries) -> bool:
-        """Return whether a user removed or replaced a tensor in `optimizer.state`, or changed a copy in place."""
-        for p, entry in self._entries.items():
-            now = state.get(p, {})
-            if any(now.get(key) is not X for key, X in entry.items()):
-                return True
-        return any(X._version != version for X, version in self._versions)
-
-    def merge(self, saved: dict[Tensor, dict[str, Any]], state: Entries) -> None:
-        """Apply users' changes to `saved`, the live state; if users deleted all keys of a parameter, empty its entry."""
-        edited = {id(X) for X, version in self._versions if X._version != version}
-        for p, entry in self._entries.items():
-            now = state.get(p, {})
-            if not any(key in now for key in entry):
-                saved[p] = {}
-                continue
-            for key, X in entry.items():
-                if key not in now:
-                    del saved[p][key]
-                elif now[key] is not X or id(X) in edited:
-                    saved[p][key] = now[key]
-
-    def hide(self, state: dict[Any, dict[str, Any]]) -> None:
-        """Remove the entries from `optimizer.state`; foreign keys stay."""
-        for p, entry in self._entries.items():
-            for key in entry:
-                state.get(p, {}).pop(key, None)
+    def foreign(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return `optimizer.state` without the optimizer's own keys."""
+        return {
+            p: {key: x for key, x in dict.items(entry) if key not in self.own.get(p, ())} if isinstance(entry, dict) else entry
+            for p, entry in state.items()
+        }

@@ -15,7 +15,6 @@ from .assignment import Cost, share_blocks
 from .blocks import Layout, merged_shape
 from .grafting import GRAFTING, Grafting
 from .group import Group
-from .options import STRUCTURAL
 from .preconditioner import PRECONDITIONERS, Kronecker, block_exponents
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -45,9 +44,10 @@ class Bucket:
     steps: list[int]  # for each parameter, the number of steps with a gradient
     unusual: Counter[tuple[int, str]] = field(default_factory=Counter)  # of (parameter index, event), see `note`
     layout: Layout = field(init=False)  # of this rank
+    shapes: list[torch.Size] = field(init=False)  # of the parameters when the bucket was made
 
     def __post_init__(self) -> None:
-        self.layout = self.layouts[self.rank]
+        self.layout, self.shapes = self.layouts[self.rank], [p.shape for p in self.params]
 
     def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
         """Count a rescued root or a non-finite direction (`what`) in `unusual` for each of these blocks of a stack."""
@@ -87,16 +87,6 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
             layouts, loads = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, loads)
             buckets.append(allocate(group, params, device, dtype, factored, layouts, rank))
     return buckets
-
-
-def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what determines the buckets: parameters, shapes, devices, dtypes, STRUCTURAL options, and use of averages."""
-    found: list[Any] = []
-    for group in groups:
-        found += [id(group), *map(group.get, STRUCTURAL), group["betas"][0] > 0, group["momentum"] > 0]
-        for p in group["params"]:
-            found.append((id(p), None if is_lazy(p) else p.shape, p.device, p.dtype))
-    return found
 
 
 def has_factors(p: Tensor, group: Group) -> bool:
@@ -145,3 +135,25 @@ def allocate(
     moments = exp_avg, exp_avg_sq, moment(group["momentum"] > 0)
     steps = [0] * len(params)
     return Bucket(group, params, device, dtype, factored, layouts, rank, grafting, *moments, preconditioners, steps)
+
+
+def is_own(bucket: Bucket, key: Any) -> bool:
+    """Return whether a key of an entry is the optimizer's own, and not foreign."""
+    names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
+    return str(key).split(".")[0] in names
+
+
+def describe_tensor(X: Any) -> str:
+    """Return a description of a value in an entry, for error messages."""
+    if not isinstance(X, Tensor):
+        return "nothing" if X is None else repr(X)
+    kind = "" if X.layout == torch.strided and not X.is_meta else f"{X.layout} on {X.device} of "
+    return f"{kind}{X.dtype} of shape {tuple(X.shape)}"
+
+
+def read_steps(step: Any, name: str) -> int:
+    """Return `step` as an int. Raises ValueError unless it is an integer in [0, 2^53), or a one-element tensor of one."""
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**53 or number != int(number):
+        raise ValueError(f"the state of {name} holds {describe_tensor(step)} for step; it must be an integer >= 0")
+    return int(number)

