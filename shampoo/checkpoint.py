@@ -209,7 +209,7 @@ def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
     and for options that are missing or out of range.
     """
     try:
-        saved, entries = list(state_dict["param_groups"]), dict(state_dict["state"])
+        saved, entries = [{**group} for group in state_dict["param_groups"]], {**state_dict["state"]}
         keys = [list(group["params"]) for group in saved]
         entries.update({key: {**entries.get(key, {})} for key in chain(*keys)})
         options = [

@@ -234,6 +234,7 @@ def test_a_bad_point_is_refused(changes, message):
         start(FakeWorkload(), as_point(**changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "cwd", "module"),
     [("submissions/external_tuning/shampoo_submission", ".", "submissions.external_tuning.shampoo_submission.submission"),

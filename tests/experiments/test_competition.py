@@ -66,6 +66,7 @@ def run_plan(folder, runner):
     )
 
 
+@pytest.mark.slow
 def test_the_plan_runs_every_trial_once_and_resumes(tmp_path):
     (tmp_path / "trials.sh").write_text(plan.shell_script(plan.plan()))
     folder = "$(for a; do case $a in --experiment_dir=*) d=${a#*=};; --experiment_name=*) n=${a#*=};; --workload=*) w=${a#*=};;"

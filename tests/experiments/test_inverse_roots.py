@@ -1,6 +1,7 @@
 """The errors of all solvers on matrices of every kind, relative to the bound of a backward stable solver."""
 
 import numpy as np
+import pytest
 
 from experiments.inverse_roots import KINDS, judge, survey
 from shampoo.roots import SOLVERS
@@ -16,6 +17,7 @@ def test_newton_keeps_iterating_while_small_eigenvalues_grow():
         assert found["error"] <= MULTIPLE["newton"] * found["bound"]
 
 
+@pytest.mark.slow
 def test_roots_of_matrices_of_every_kind_are_within_their_bounds():
     """Check 300 of the 10,000 matrices of `experiments/inverse_roots.py`, up to dimension 128."""
     found = survey(300, seed=1, solvers=list(SOLVERS), largest=128)

@@ -7,6 +7,7 @@ from experiments.norm_ratio import layer_table, train, workload_table
 from experiments.variants import LEARNING_RATES
 
 
+@pytest.mark.slow
 def test_a_watched_run_equals_an_unwatched_one(tmp_path):
     runs = [
         train("airports_dlrm", LEARNING_RATES["airports_dlrm"], steps=6, every=every, folder=tmp_path / str(every))

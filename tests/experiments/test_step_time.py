@@ -40,6 +40,7 @@ def test_matrix_products_are_recorded_and_can_be_repeated():
     assert torch.equal(A, before)
 
 
+@pytest.mark.slow
 def test_the_table_of_step_times_has_the_size_of_the_state():
     table = measure(["adamw", "shampoo"], [(8, 6), (5,)], frequency=2, block_size=1024, rounds=1, device=torch.device("cpu"))
     assert set(table.index) <= set(OPTIMIZERS)

@@ -16,6 +16,7 @@ def speech(request):
     return load_workload(request.param)
 
 
+@pytest.mark.slow
 def test_splits_share_no_utterance(speech):
     """Splits share no frame. Train has its 240 utterances of each digit four times, the others their 30 twice."""
     frames = {}

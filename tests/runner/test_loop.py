@@ -20,7 +20,7 @@ from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
 from runner.workloads.base import rows
 
-FAST = {"pydoc_lm", "fsdd_lstm"}  # dropout, and batch norm
+FAST = {"pydoc_lm"}  # with dropout
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in WORKLOADS])

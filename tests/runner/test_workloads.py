@@ -41,6 +41,7 @@ def tensors(x):
     return x if isinstance(x, tuple) else (x,)
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_and_reproducible(workload):
     inputs = {split: tensors(examples["inputs"])[0] for split, examples in workload._splits.items()}
     found = {split: {tuple(x.flatten().tolist()) for x in examples} for split, examples in inputs.items()}
@@ -153,6 +154,7 @@ def test_weights_and_batches_depend_only_on_the_seed(workload):
     assert not torch.equal(batches[0], batches[2])
 
 
+@pytest.mark.slow
 def test_an_epoch_has_every_example_once_and_the_next_is_reshuffled(workload):
     size = workload.num_train_examples // 4 * 4
     queue = workload._build_input_queue(fold_in(np.array([0, 1]), 5), "train", "", size // 4)

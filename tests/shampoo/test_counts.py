@@ -48,6 +48,7 @@ def test_blocks_of_one_stack_with_different_counts_are_those_of_adamw():
     assert largest_step_difference(PATTERNS["different counts in one stack"], 60, block_size=3, merge_dims=False) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_first_gradient_after_2000_steps_moves_a_weight_by_about_lr():
     before = {}
 

@@ -104,6 +104,7 @@ def test_scaling_gradients_scales_the_direction(exponents, scale):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponents", [(0.25, 0.25), (0.5, 0.0), (0.5, 0.5)])
 def test_mean_nuclear_norm_decreases_with_the_horizon(exponents):
     """Minimize the sum of log(1 + (A X - B)^2) with Gaussian noise, 1 - theta = 1 - beta = K^(-1/2), eta = 1 / sqrt(K (m + n)).
