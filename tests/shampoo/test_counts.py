@@ -177,3 +177,30 @@ def test_a_skipped_step_is_not_counted():
         optimizer.step()
     assert [int(optimizer.state[p]["step"]) for p in (W, V)] == [5, 5]
     assert optimizer.param_groups[0]["step"] == 5
+
+
+def test_a_parameter_that_leaves_its_group_and_returns_keeps_its_count_and_moments():
+    ours, theirs = (make_params((6, 5), (4, 4), dtype=torch.float64) for _ in range(2))
+    optimizers = AdamWShampoo(ours, start_preconditioning_step=NEVER, **ADAMW), torch.optim.AdamW(theirs, **ADAMW)
+    for t in range(1, 31):
+        for params, optimizer in zip((ours, theirs), optimizers):
+            optimizer.param_groups[0]["params"] = params[:1] if 10 <= t < 20 else list(params)
+            set_gradients(params, t)
+            optimizer.step()
+    assert largest_difference([p.detach() for p in ours], [p.detach() for p in theirs]) < 1e-5
+    assert [int(optimizers[0].state[p]["step"]) for p in ours] == [30, 20]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_maximize_is_that_of_adam_and_adamw(decoupled):
+    """Decay is that of minimizing."""
+    ours, theirs = (make_params((6, 5), (7,), dtype=torch.float64) for _ in range(2))
+    optimizers = (
+        AdamWShampoo(ours, start_preconditioning_step=NEVER, **ADAMW, maximize=True, decoupled_weight_decay=decoupled),
+        (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **ADAMW, maximize=True),
+    )
+    for t in range(10):
+        for params, optimizer in zip((ours, theirs), optimizers):
+            set_gradients(params, t)
+            optimizer.step()
+    assert largest_difference([p.detach() for p in ours], [p.detach() for p in theirs]) < 1e-5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import identical, make_params, set_gradients
 
-from shampoo import AdamWShampoo, health
+from shampoo import AdamWShampoo, health, preconditioner
 
 SMALL = {"lr": 0.1, "precondition_frequency": 2, "weight_decay": 0.1, "momentum": 0.5}
 
@@ -252,18 +252,19 @@ def test_a_root_that_bfloat16_cannot_hold_is_its_largest_number(solver, dtype):
 @pytest.mark.parametrize("grafting", ["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize("missing", [False, True])
 def test_sums_that_overflow_stay_finite(grafting, missing):
-    """Fifty gradients whose squares add up to more than float32 holds."""
+    """Two hundred gradients whose squares add up to more than float32 holds."""
     params = make_params((6, 5), (7,))
     optimizer = AdamWShampoo(params, betas=(0.9, 1.0), grafting=grafting, precondition_frequency=2, block_size=6)
-    for t in range(50):
-        set_gradients(params, t, scale=2e18)
+    for t in range(200):
+        set_gradients(params, t, scale=2.5e18)
         params[1].grad = params[1].grad if t % 2 or not missing else None
         optimizer.step()
         assert all(p.isfinite().all() for p in params)
     for p in params:
         assert all(x.isfinite().all() for x in optimizer.state[p].values())
     before = [p.detach().clone() for p in params]
-    set_gradients(params, 50, scale=2e18)
+    assert 9e37 < optimizer.state[params[0]]["factors.0.0"].max() <= 1.0001e38
+    set_gradients(params, 200, scale=2.5e18)
     optimizer.step()
     assert all((p != q).any() for p, q in zip(params, before))
 
@@ -299,3 +300,49 @@ def test_heads_that_are_trained_in_turn_all_have_factors(stagger, factor_frequen
     assert all(x.any() for x in factors + roots)
     identity = 1e-8**-0.25 * torch.eye(6)  # the root of an empty factor
     assert all((x - identity).norm() > 1 for x in roots)
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22], ids=["one block at a time", "all blocks"])
+def test_a_factor_that_is_not_finite_starts_anew_and_its_parameter_is_named(chunk, caplog, monkeypatch):
+    """One of three blocks of the second stack: the others keep their factors, and later roots are as usual."""
+    monkeypatch.setattr(preconditioner, "ROOTS_AT_A_TIME", chunk)
+    params = make_params((4, 3), (6, 5), (6, 5), (6, 5))
+    optimizer = AdamWShampoo(params, precondition_frequency=2, merge_dims=False)
+    for t in range(3):
+        step(params, optimizer, t)
+    optimizer.state[params[2]]["factors.0.1"][0, 2, 2] = torch.inf
+    lengths = [optimizer.state[p]["factors.0.1"].norm() for p in params]
+    with caplog.at_level(logging.WARNING, logger="shampoo"):
+        step(params, optimizer, 3)
+    assert optimizer.events == {"roots kept as they were": 1}
+    assert "roots kept as they were, of a block of parameter 2 of shape (6, 5)" in caplog.text
+    state = [optimizer.state[p] for p in params]
+    assert not state[2]["factors.0.1"].any()
+    assert all(state[i]["factors.0.1"].norm() > 0.9 * lengths[i] for i in (0, 1, 3))
+    root = state[2]["inv_roots.0.1"].clone()
+    for t in range(4, 6):
+        step(params, optimizer, t)
+    assert optimizer.events == {"roots kept as they were": 1}  # it is counted once
+    assert not torch.equal(root, optimizer.state[params[2]]["inv_roots.0.1"])
+    assert all(x.isfinite().all() for p in params for x in optimizer.state[p].values())
+
+
+def test_a_direction_that_is_not_finite_is_counted_once():
+    (p,) = params = make_params((4, 4))
+    options = {"exponents": 1, "eps": 1e-12, "betas": (0.0, 0.9), "block_size": 4, "merge_dims": False}
+    optimizer = AdamWShampoo(params, precondition_frequency=10, **options)
+    for t in range(15):
+        set_gradients(params, t, scale=1e15 if t == 10 else 0.0)
+        optimizer.step()
+        assert optimizer.events == ({"directions not finite": 1} if t >= 10 else {})
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.5, torch.nan, torch.inf, True, "7", None, torch.ones(2)])
+def test_a_count_of_steps_that_is_none_is_refused(value):
+    params, optimizer = make((4, 5))
+    step(params, optimizer, 0)
+    saved = deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.tensor(value) if isinstance(value, float) else value
+    with pytest.raises(ValueError, match=r"shape \(4, 5\) holds .* for step; it must be an integer >= 0"):
+        optimizer.load_state_dict(saved)

@@ -31,6 +31,8 @@ CASES = {
     "left and right": {"exponents": (0.3, 0.4), "merge_dims": False},
     "no powers": {"exponents": 0.0},
     "multiplier": {"exponent_multiplier": 0.7, "block_size": 5},
+    "multiplier of a power": {"exponent_multiplier": 0.7, "exponents": 0.5},
+    "multiplier of left and right": {"exponent_multiplier": 0.7, "exponents": (0.3, 0.4), "merge_dims": False},
     "no grafting": {"grafting": "none"},
     "no grafting, left": {"grafting": "none", "exponents": (0.5, 0.0)},
     "sgd": {"grafting": "sgd", "momentum": 0.9, "nesterov": True},

@@ -177,3 +177,16 @@ def test_a_root_is_finite_however_small_eps_is(eps, p):
         X, causes = inverse_root(A, 1.0, p, eps, torch.zeros_like(A))
         assert X.isfinite().all()
         assert set(causes.values()) <= {"replaced by the identity", "computed in float64"}
+
+
+def test_newton_converges_although_rounding_makes_eigenvalues_negative():
+    """Without a shift by the rounding error of A, the iteration diverges where eps is smaller."""
+    G = torch.randn(4, 24, 3, generator=torch.Generator().manual_seed(0))
+    A = G @ G.mT
+    A /= A.abs().amax(dim=(1, 2), keepdim=True)
+    assert torch.linalg.eigvalsh(A).min() < 0
+    X = SOLVERS["newton"].solve(A, torch.ones(4, 1), 0.25, torch.full((4, 1), 1e-30))
+    assert X.isfinite().all()
+    for x, matrix in zip(X.double().numpy(), A.double().numpy()):
+        shift = 2 * torch.finfo(torch.float32).eps * np.linalg.norm(matrix)
+        assert relative(x, exact(matrix, 0.25, shift)) < 0.2
