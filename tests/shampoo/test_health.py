@@ -305,7 +305,7 @@ def test_heads_that_are_trained_in_turn_all_have_factors(stagger, factor_frequen
 @pytest.mark.parametrize("chunk", [1, 2**22], ids=["one block at a time", "all blocks"])
 def test_a_factor_that_is_not_finite_starts_anew_and_its_parameter_is_named(chunk, caplog, monkeypatch):
     """One of three blocks of the second stack: the others keep their factors, and later roots are as usual."""
-    monkeypatch.setattr(preconditioner, "ROOTS_AT_A_TIME", chunk)
+    monkeypatch.setattr(preconditioner, "SOLVER_CHUNK", chunk)
     params = make_params((4, 3), (6, 5), (6, 5), (6, 5))
     optimizer = AdamWShampoo(params, precondition_frequency=2, merge_dims=False)
     for t in range(3):
