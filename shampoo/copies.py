@@ -1,7 +1,7 @@
 """Convert between parameters, flat vectors, and stacks, by views and copies. `blocks.Layout` says where each block is."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, chain
 from math import prod
 from typing import NamedTuple
@@ -91,7 +91,7 @@ def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]
     return [X if copied is None else copied for X, copied in zip(found, copies, strict=True)]  # type: ignore[misc]
 
 
-@cache
+@lru_cache(maxsize=256)
 def chunks(stacks: tuple[tuple[int, ...], ...], numel: int) -> list[tuple[slice, slice, list[int]]]:
     """Split the stacks into runs of at most `numel` elements; a larger stack is a run of its own.
 

@@ -1,7 +1,7 @@
 """Choose which blocks refresh their roots at each step."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import islice
 
 from .assignment import Cost, greedy
@@ -24,7 +24,7 @@ def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool
     return [[b for b, phase in enumerate(of_stack) if phase in due] for of_stack in phases(stacks, frequency)]
 
 
-@cache
+@lru_cache(maxsize=256)
 def phases(stacks: Stacks, frequency: int) -> list[list[int]]:
     """Return each block's phase, t modulo the frequency at its refreshes, so that steps have equal work, d^3 per root."""
     costs = [Cost(float(sum(d**3 for d in block)), 0) for blocks, *block in stacks for _ in range(blocks)]
