@@ -663,29 +663,35 @@ def pickled_alone(rank, size):
     return [[p.detach() for p in found] for found in (params, other_params, twin_params)]
 
 
-def failing_after_exchange(rank, size, function):
+def ones(params, t):
+    """Set all gradients to one."""
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def sharded_parameters(group):
+    """Return two DTensors on the ranks of a group."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters((9, 7), (4, 6))]
+
+
+def failing_after_exchange(rank, size, function, sharded=False):
     """Fail in a function behind the exchange on rank 1 at step 3. Return the step at which this rank raises, and its error."""
-    params = parameters((9, 7), (4,))
-    optimizer = AdamWShampoo(params, **COMMON, process_group=quick_group(size))
-    return first_error(optimizer, params, 8, failing_function(shampoo.optimizer, function, 3, rank))
+    group = quick_group(size)
+    params = sharded_parameters(group) if sharded else parameters((9, 7), (4,))
+    optimizer = AdamWShampoo(params, **COMMON, process_group=group)
+    return first_error(optimizer, params, 8, failing_function(shampoo.optimizer, function, 3, rank), ones)
 
 
 def failing_while_reading(rank, size, before, decay):
     """Fail on rank 1 at step 3 while reading the first of two DTensors, before or after its first collective."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     group = quick_group(size)
-    mesh = DeviceMesh.from_group(group, "cpu")
-    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters((9, 7), (4, 6))]
-
-    def gradients(params, t):
-        for p in params:
-            p.grad = torch.ones_like(p)
-
+    params = sharded_parameters(group)
     optimizer = AdamWShampoo(params, **COMMON, weight_decay=decay, process_group=group)
-    fails = failing_function(shampoo.copies, "full_tensor", 3, rank, before)
-    return first_error(optimizer, params, 8, fails, gradients)
+    return first_error(optimizer, params, 8, failing_function(shampoo.copies, "full_tensor", 3, rank, before), ones)
 
 
 def different_weights(rank, size, case):
@@ -791,3 +797,23 @@ def group_that_one_rank_cannot_add(rank, size):
         before = q.detach().clone()
         return str(error), remaining, failed or first_error(optimizer, [p, q], 2), (q != before).all().item()
     return None
+
+
+def option_changed_after_consolidation(rank, size):
+    """Change the block size of a consolidated state. Return the error of state_dict(), and that of the next consolidation."""
+    params = parameters((9, 7))
+    optimizer = AdamWShampoo(params, **COMMON)
+    first_error(optimizer, params, 3)
+    optimizer.consolidate_state_dict(to=None)
+    optimizer.param_groups[0]["block_size"] = 5
+    error = None
+    try:
+        optimizer.state_dict()
+    except RuntimeError as found:
+        error = str(found)
+    try:
+        optimizer.consolidate_state_dict(to=None)
+        optimizer.load_state_dict(optimizer.state_dict())
+    except ValueError as refused:  # on all ranks alike
+        return error, str(refused)
+    return error, None

@@ -195,6 +195,29 @@ def test_copies_continue_identically(clone):
     assert params[0].data_ptr() != other_params[0].data_ptr()
 
 
+@pytest.mark.parametrize("act", ["step", "change an option", "add a group", "load", "pickle", "deepcopy"])
+def test_foreign_state_stays_beside_ours(act):
+    """A tensor that a wrapper put into the state of a parameter, as schedulefree does."""
+    params = make_params((6, 5), (4, 4))
+    optimizer = AdamWShampoo(params[:1], precondition_frequency=2)
+    train(optimizer, params[:1], 3)
+    optimizer.state[params[0]]["z"] = torch.ones(6, 5)
+    if act == "change an option":
+        optimizer.param_groups[0]["grafting"] = "sgd"
+    elif act == "add a group":
+        optimizer.add_param_group({"params": params[1:]})
+    elif act == "load":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif act == "pickle":
+        params, optimizer = pickle.loads(pickle.dumps((params, optimizer)))
+    elif act == "deepcopy":
+        params, optimizer = copy.deepcopy((params, optimizer))
+    train(optimizer, params[:1], 2, first=3)
+    assert torch.equal(optimizer.state[params[0]]["z"], torch.ones(6, 5))
+    assert torch.equal(optimizer.state_dict()["state"][0]["z"], torch.ones(6, 5))
+    assert int(optimizer.state[params[0]]["step"]) == 5
+
+
 def drop(state, key):
     return {k: v for k, v in state.items() if k != key}
 

@@ -20,8 +20,9 @@ needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 on CPU
         {"momentum": 0.9, "nesterov": True, "nadam": True},
         {"grafting": "sgd", "normalized_grafting": True, "lr": 1e-4},
         {"solver": "qr", "factor_frequency": 3},
+        {"decoupled_weight_decay": False},
     ],
-    ids=["adam", "momentum", "sgd", "qr"],
+    ids=["adam", "momentum", "sgd", "qr", "coupled decay"],
 )
 def test_all_ranks_have_the_weights_of_a_single_process(pools, size, options):
     weights = pools(size).run(rank_checks.weights_after, **options)
@@ -325,6 +326,14 @@ def test_a_failure_after_the_exchange_is_told_to_the_other_rank_within_two_steps
 
 
 @needs_fsdp2
+def test_a_failure_after_the_exchange_is_told_where_weights_are_dtensors(pools):
+    (step, told), (failed, cause) = pools(2).run(rank_checks.failing_after_exchange, function="move", sharded=True)
+    assert (failed, cause) == (3, "RuntimeError: out of memory")
+    assert step in (4, 5)
+    assert told == "RuntimeError: a rank failed in the last step; its own error says why"
+
+
+@needs_fsdp2
 @pytest.mark.parametrize(
     ("before", "decay"),
     [(False, 0.0), (False, 0.1)],
@@ -398,3 +407,9 @@ def test_a_group_that_is_an_error_on_one_rank_is_added_on_none(pools):
         assert groups == 1
         assert failed is None
         assert moved
+
+
+def test_a_consolidated_state_is_not_given_out_once_an_option_changes_what_it_holds(pools):
+    for error, refused in pools(2).run(rank_checks.option_changed_after_consolidation):
+        assert "call consolidate_state_dict() on all ranks" in error
+        assert refused is None or "parameter 0 of shape (9, 7)" in refused
