@@ -38,7 +38,7 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     group: Any = AdamWShampoo(params, **OPTIONS).param_groups[0]
     blocks = [  # rank, shape, floating-point operations
-        (rank, tuple(block), block_flops(group, bucket.factored)(tuple(block)))
+        (rank, tuple(block), block_flops(group, bucket.factored, tuple(block)))
         for bucket in make_buckets([group], 0, ranks)
         for rank, layout in enumerate(bucket.layouts)
         for number, *block in layout.stacks

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from . import checkpoint, options
 from .copies import checksum, is_sharded
 from .health import Health
-from .ranks import Exchange, agree, attempt, check_exchanges, find_ranks, make_exchanges
+from .ranks import ALONE, Exchange, agree, attempt, check_exchanges, find_ranks, make_exchanges
 from .shown import Entry, Shown
 from .state import Bucket, make_buckets
 
 # Attributes that pickle and deepcopy keep, besides torch's.
-KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_consolidated", "_initialized", "_compared")
+KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_initialized")
 
 
 class BucketedOptimizer(Optimizer):
@@ -74,16 +74,11 @@ class BucketedOptimizer(Optimizer):
 
     def _add(self, param_group: dict[str, Any]) -> None:
         options.check_names(param_group)
-        number = len(self.param_groups)
         param_group.update({name: options.plain(value) for name, value in param_group.items()})  # torch keeps this very dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        try:
-            options.check_group(group)
-        except ValueError:
-            del self.param_groups[number:]
-            raise
+        options.check_group(group)
         if group["start_preconditioning_step"] is None:  # set here, so that a later change of the frequency does not move it
             group["start_preconditioning_step"] = group["precondition_frequency"]
 
@@ -95,19 +90,19 @@ class BucketedOptimizer(Optimizer):
         """
         groups: Any = self.param_groups
         if not self._shown.changed(self.state, groups):
+            self._shown.read()
             return
         _, error = attempt(options.check_groups, groups)
-        if self._initialized:
-            agree(self._ranks, options.describe(groups) if error is None else [], error)
-        elif error is not None:
-            raise error
+        ranks = self._ranks if self._initialized else ALONE  # the constructor's ranks agree on all groups at once
+        agree(ranks, options.describe(groups) if error is None else [], error)
         single = self._ranks.size == 1
         shards = [[bucket] for bucket in self._buckets] if single else checkpoint.collect(self._buckets, self._ranks, None)
         live = checkpoint.pack(shards)
         self._shown.release(self.state, set(self._params()), live)
         entries = self._shown.collect(self.state, live)
         buckets = make_buckets(groups, self._ranks.rank, self._ranks.size)
-        checkpoint.unpack(buckets, entries, self._names(), checkpoint.MAY_START_LATE)
+        _, error = attempt(checkpoint.unpack, buckets, entries, self._names(), checkpoint.MAY_START_LATE)
+        agree(ranks, [], error)
         self._install(buckets)
 
     def _install(self, buckets: list[Bucket]) -> None:
@@ -118,8 +113,11 @@ class BucketedOptimizer(Optimizer):
 
     def _live(self) -> Mapping[Tensor, dict[str, Any]]:
         """Return each parameter's state for `state` to show; on multiple ranks, `step` alone unless it is gathered."""
-        steps = {p: n for bucket in self._buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
-        return self._gathered() or {p: {"step": torch.tensor(float(n))} for p, n in steps.items()}
+        return self._gathered() or {
+            p: {"step": torch.tensor(float(n))}
+            for bucket in self._buckets
+            for p, n in zip(bucket.params, bucket.steps, strict=True)
+        }
 
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
@@ -136,7 +134,6 @@ class BucketedOptimizer(Optimizer):
         check_exchanges(self._exchanges)
         self._health.count(self._names)
         self._update_buckets()
-        self._shown.read()
         if self._exchanges:
             self._shown.reset()
             self._consolidated = None
@@ -166,7 +163,6 @@ class BucketedOptimizer(Optimizer):
             pre_hook(self)
         if self._ranks.size == 1:
             self._update_buckets()
-            self._shown.read()
         entries = self._gathered()
         if entries is None:
             raise RuntimeError(
@@ -190,10 +186,9 @@ class BucketedOptimizer(Optimizer):
         """
         check_exchanges(self._exchanges)
         _, error = attempt(options.check_value, "to", to, options.one_of(None, *range(self._ranks.size)))
-        agree(self._ranks, [f"to {to}", *options.describe(self.param_groups)], error)
+        agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
         self._update_buckets()
         if self._ranks.size > 1:
-            self._shown.read()
             self._shown.reset()
             shards = checkpoint.collect(self._buckets, self._ranks, to)
             self._consolidated = checkpoint.pack(shards) if shards or to in (None, self._ranks.rank) else None
@@ -205,7 +200,7 @@ class BucketedOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of a `state_dict()`, including options, as torch does. On ValueError, the optimizer is unchanged.
+        """Load a copy of a `state_dict()`, including options, as torch does. On an error, the optimizer is unchanged.
 
         A collective: all ranks must call it, with the same state_dict. Raises ValueError for a state_dict that does not fit,
         and if options differ between ranks, and RuntimeError if another rank fails.
@@ -230,9 +225,9 @@ class BucketedOptimizer(Optimizer):
                 "an optimizer on multiple ranks cannot be pickled or copied: use consolidate_state_dict() and state_dict()"
             )
         self._update_buckets()
-        self._shown.read()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
-        return {**kept, "state": defaultdict(dict, self._shown.foreign(self.state))}
+        foreign = {p: entry for p, entry in self._shown.foreign(self.state).items() if entry or not isinstance(p, Tensor)}
+        return {**kept, "state": defaultdict(dict, foreign)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

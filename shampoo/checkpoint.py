@@ -11,6 +11,7 @@ In version 1, parameters have no `step`, and take that of their group.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
 
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from .copies import assemble, copy, flat_views, grid_views
 from .group import Group
-from .options import OPTIONS, check_group, check_value, integer, one_of, parameter_names, plain
+from .options import OPTIONS, check_group, check_value, one_of, parameter_names, plain
 from .ranks import Ranks
-from .state import Bucket, allocate, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
+from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
 ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that a state_dict may lack
@@ -43,10 +44,7 @@ def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
 
 def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Bucket]:
     """Return each rank's counterpart of this bucket, all zeros, on `device`."""
-    return [
-        allocate(bucket.group, bucket.params, device, bucket.dtype, bucket.factored, bucket.layouts, r)
-        for r in range(ranks.size)
-    ]
+    return [replace(bucket, device=device, rank=r) for r in range(ranks.size)]
 
 
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
@@ -141,7 +139,9 @@ def unpack(
             return torch.zeros(shape)
         words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
         if X is None:
-            raise ValueError(f"{words}a tensor; is it another optimizer's, or of other options? It has {', '.join(saved[p])}")
+            raise ValueError(
+                f"{words}a tensor: is it another optimizer's, or did an option change? Keys: {', '.join(saved[p])}"
+            )
         if not isinstance(X, Tensor) or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
             raise ValueError(f"{words}a dense floating-point tensor of shape {shape}")
         if X.shape != shape and (saved[p]["step"] or X.any()):
@@ -149,7 +149,8 @@ def unpack(
             raise ValueError(f"{words}a dense floating-point tensor of shape {shape}: {changed}")
         X = X.to(dtype) if X.shape == shape else torch.zeros(shape)
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
-            raise ValueError(f"{words}finite{' and nonnegative' if key == 'exp_avg_sq' else ''}")
+            kinds = "finite and nonnegative" if key == "exp_avg_sq" else "finite"
+            raise ValueError(f"the state of {names[p]} has elements of {key} that are not {kinds}")
         return X
 
     for bucket in buckets:
@@ -226,14 +227,9 @@ def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
         missing = {*OPTIONS, "step"} - ADDED - of_group.keys()
         if missing:
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
-    kept = ("params", "param_names")
-    found = [
-        cast(Group, {**group, **other, **{name: group[name] for name in kept if name in group}})
-        for group, other in zip(groups, options, strict=True)
-    ]
+    found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
     for group in found:
         check_group(group)
-        check_value("start_preconditioning_step", group["start_preconditioning_step"], integer(1))
     params = dict(zip(chain(*keys), chain(*(group["params"] for group in found)), strict=True))
     state = {params.get(key, key): entry for key, entry in entries.items()}
     for group in found if version == 1 else ():

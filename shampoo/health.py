@@ -21,7 +21,7 @@ class HostCopy:
     """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, x: Tensor):
-        self._copy, self._copied = x.to("cpu", non_blocking=True), None
+        self._copy, self._copied = x.to("cpu", non_blocking=x.is_cuda), None
         if x.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()

@@ -59,8 +59,9 @@ class AdamWShampoo(BucketedOptimizer):
         process_group: the ranks that share the blocks, a ProcessGroup or a one-dimensional DeviceMesh; None: the default group
             if torch.distributed is initialized, otherwise this process alone.
 
-    Options may be changed in `param_groups` between steps. A change of those that decide which state there is (block_size,
-    exponents, solver, ...) keeps the state that fits, and raises ValueError at the next step if some does not.
+    Options may be changed in `param_groups` between steps, on all ranks alike; their values are not checked then. A change of
+    those that decide which state there is (block_size, exponents, solver, ...) keeps the state that fits, and raises ValueError
+    at the next step if some does not.
 
     Raises:
         ValueError: for an invalid option, a complex or integer parameter, or no parameters; in `step`, for state that does not

@@ -28,8 +28,7 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
         number = isinstance(x, Real) and not isinstance(x, bool) and bool(-LARGEST <= x <= LARGEST)  # type: ignore[operator]
         return number and low <= x <= high and not (above and x == low) and not (below and x == high)
 
-    bounds = [f"{'>' if above else '>='} {low}"] + [f"{'<' if below else '<='} {min(high, LARGEST)}"]
-    return allowed, f"a number {' and '.join(bounds)}"
+    return allowed, f"a number {'>' if above else '>='} {low} and {'<' if below else '<='} {min(high, LARGEST)}"
 
 
 def integer(low: int) -> Rule:
@@ -134,11 +133,15 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     params = Counter(p for group in groups for p in group["params"])
     for k, group in enumerate(groups):
         if missing := OPTIONS.keys() - group.keys():
-            raise ValueError(f"group {k} lacks {', '.join(sorted(missing))}; add it with add_param_group()")
+            raise ValueError(
+                f"group {k} lacks {', '.join(sorted(missing))}; add groups with add_param_group(), which fills in defaults"
+            )
         check_group(group)
         for i, p in enumerate(group["params"]):
             if params[p] > 1:
-                raise ValueError(f"{parameter_name(group, i)} of group {k} is in the groups {params[p]} times; remove it once")
+                raise ValueError(
+                    f"{parameter_name(group, i)} of group {k} appears {params[p]} times in param_groups; keep it once"
+                )
 
 
 def check_group(group: Mapping[str, Any]) -> None:

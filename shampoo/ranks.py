@@ -90,7 +90,7 @@ def first_difference(descriptions: list[list[str]]) -> str:
     differing = next(line for line in lines if len(set(line)) > 1)
     other = next(r for r, text in enumerate(differing) if text != differing[0])
     return (
-        "all ranks must have the same parameters and options in the same order; "
+        "all ranks must have the same parameters, weights, options, and arguments; "
         f"rank 0 has {differing[0]} where rank {other} has {differing[other]}"
     )
 

@@ -39,8 +39,8 @@ def _filled(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__or__", "__repr__", "__reversed__",
-    "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
+    "__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__or__", "__repr__",
+    "__reversed__", "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
 ):  # fmt: skip
     setattr(Entry, _name, _filled(_name))
 
@@ -58,7 +58,8 @@ def signature(groups: Sequence[Group]) -> list[Any]:
 class Shown:
     """The entries of `optimizer.state`: views of the live state, and copies where a tensor lies in several pieces.
 
-    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies.
+    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies. On
+    multiple ranks, factors and roots are copies that are never read back: replace such a tensor rather than edit it in place.
 
     Args:
         groups: what the buckets were made for.
@@ -88,7 +89,7 @@ class Shown:
         for p, own in self.own.items():
             for key in own:
                 dict.pop(self._entries[p], key, None)
-        self.own = {}
+        self.own, self._pointers = {}, {}
         for entry in self._entries.values():
             if isinstance(entry, Entry):
                 entry.fill = self.fill

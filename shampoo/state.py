@@ -1,8 +1,9 @@
 """The optimizer's state: buckets of parameters, each with one flat vector per moment and one preconditioner per stack."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import Any
@@ -13,9 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
 from .blocks import Layout, merged_shape
-from .grafting import GRAFTING, Grafting
+from .grafting import GRAFTING
 from .group import Group
-from .preconditioner import PRECONDITIONERS, Kronecker, block_exponents
+from .preconditioner import PRECONDITIONERS, block_exponents
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -36,18 +37,18 @@ class Bucket:
     factored: bool
     layouts: list[Layout]  # one per rank
     rank: int  # the rank that owns this state
-    grafting: Grafting
-    exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
-    momentum_buffer: Tensor | None
-    preconditioners: list[Kronecker]  # one per stack; [] if not factored
-    steps: list[int]  # for each parameter, the number of steps with a gradient
-    unusual: Counter[tuple[int, str]] = field(default_factory=Counter)  # of (parameter index, event), see `note`
-    layout: Layout = field(init=False)  # of this rank
-    shapes: list[torch.Size] = field(init=False)  # of the parameters when the bucket was made
 
     def __post_init__(self) -> None:
-        self.layout, self.shapes = self.layouts[self.rank], [p.shape for p in self.params]
+        group, self.layout, grafting = self.group, self.layouts[self.rank], GRAFTING[self.group["grafting"]]
+        self.grafting = grafting if self.factored or grafting.second_moment else GRAFTING["adam"]
+        self.exp_avg = self.zeros() if group["betas"][0] else None
+        self.exp_avg_sq = self.zeros() if self.grafting.second_moment else None
+        self.momentum_buffer = self.zeros() if group["momentum"] else None
+        stacks = self.layout.stacks if self.factored else ()
+        make = partial(PRECONDITIONERS[group["preconditioner"]], options=group, dtype=self.dtype, device=self.device)
+        self.preconditioners = [make(stack, block_exponents(len(stack) - 1, group)) for stack in stacks]
+        self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
+        self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
 
     def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
         """Count a rescued root or a non-finite direction (`what`) in `unusual` for each of these blocks of a stack."""
@@ -83,9 +84,9 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
                 members.setdefault((has_factors(p, group), p.device, dtype), []).append(p)
         most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
         for (factored, device, dtype), params in most_expensive_first:
-            shapes, flops = [tuple(p.shape) for p in params], block_flops(group, factored)
+            shapes, flops = [tuple(p.shape) for p in params], partial(block_flops, group, factored)
             layouts, loads = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, loads)
-            buckets.append(allocate(group, params, device, dtype, factored, layouts, rank))
+            buckets.append(Bucket(group, params, device, dtype, factored, layouts, rank))
     return buckets
 
 
@@ -95,46 +96,13 @@ def has_factors(p: Tensor, group: Group) -> bool:
     return max(p.shape, default=1) < group["max_dim"] and (order > 1 or group["precondition_vectors"])
 
 
-def block_flops(group: Group, factored: bool) -> Callable[[tuple[int, ...]], float]:
+def block_flops(group: Group, factored: bool, block: tuple[int, ...]) -> float:
     """Return a function from a block's shape to its floating-point operations per step.
 
     These are 20 per element, plus the preconditioner's `cost` if factored.
     """
     cost = PRECONDITIONERS[group["preconditioner"]].cost
-
-    def flops(block: Sequence[int]) -> float:
-        """Return the operations per step of a block (d1, ..., dk)."""
-        return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
-
-    return flops
-
-
-def allocate(
-    group: Group,
-    params: list[Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    factored: bool,
-    layouts: list[Layout],
-    rank: int,
-) -> Bucket:
-    """Return a bucket with one rank's state, all zeros."""
-    layout, grafting = layouts[rank], GRAFTING[group["grafting"]]
-    if not factored and not grafting.second_moment:
-        grafting = GRAFTING["adam"]
-    make = PRECONDITIONERS[group["preconditioner"]]
-    preconditioners = [
-        make(stack, block_exponents(len(stack) - 1, group), group, dtype, device) for stack in layout.stacks if factored
-    ]
-
-    def moment(needed: bool) -> Tensor | None:
-        """Return a flat vector of zeros if needed, otherwise None."""
-        return torch.zeros(layout.numel, dtype=dtype, device=device) if needed else None
-
-    exp_avg, exp_avg_sq = moment(group["betas"][0] > 0), moment(grafting.second_moment)
-    moments = exp_avg, exp_avg_sq, moment(group["momentum"] > 0)
-    steps = [0] * len(params)
-    return Bucket(group, params, device, dtype, factored, layouts, rank, grafting, *moments, preconditioners, steps)
+    return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
 
 
 def is_own(bucket: Bucket, key: Any) -> bool:
@@ -147,8 +115,8 @@ def describe_tensor(X: Any) -> str:
     """Return a description of a value in an entry, for error messages."""
     if not isinstance(X, Tensor):
         return "nothing" if X is None else repr(X)
-    kind = "" if X.layout == torch.strided and not X.is_meta else f"{X.layout} on {X.device} of "
-    return f"{kind}{X.dtype} of shape {tuple(X.shape)}"
+    where = "" if X.layout == torch.strided and not X.is_meta else f", {X.layout} on {X.device}"
+    return f"a {X.dtype} tensor of shape {tuple(X.shape)}{where}"
 
 
 def read_steps(step: Any, name: str) -> int:

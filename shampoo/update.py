@@ -7,7 +7,8 @@ Li, Dong & Lin (arXiv 2601.07326), whose abstract names it without details:
     X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                Kronecker.refresh
     M <- beta1 M + (1 - beta1) G                                                      average
     P = X_L M X_R                                                                     Kronecker.apply
-    W <- (1 - lr wd) W - lr P                                                         copies.move
+    P <- P + wd W                                                                     step.compute_directions
+    W <- W - lr P                                                                     copies.move
 
 The paper writes theta for beta1, beta for beta2, eta for lr, lambda for wd, and X for W. The Shampoo submission to the AlgoPerf
 competition adds bias corrections, NAdam's look-ahead, grafting (`graft`), and momentum on P; so do we.

@@ -315,7 +315,7 @@ def test_a_factor_that_is_not_finite_starts_anew_and_its_parameter_is_named(chun
     with caplog.at_level(logging.WARNING, logger="shampoo"):
         step(params, optimizer, 3)
     assert optimizer.events == {"roots kept as they were": 1}
-    assert "roots kept as they were, of a block of parameter 2 of shape (6, 5)" in caplog.text
+    assert "roots kept as they were for a block of parameter 2 of shape (6, 5)" in caplog.text
     state = [optimizer.state[p] for p in params]
     assert not state[2]["factors.0.1"].any()
     assert all(state[i]["factors.0.1"].norm() > 0.9 * lengths[i] for i in (0, 1, 3))

@@ -96,7 +96,7 @@ def test_ranks_that_differ_later_raise_when_they_next_communicate(pools):
         for text, expected in zip(
             errors,
             [
-                "rank 0 has to 0 where rank 1 has to 1",
+                "rank 0 has argument to=0 where rank 1 has argument to=1",
                 "to is 7; it must be one of None, 0, 1",
                 "cannot be pickled or copied",
                 "rank 0 has option lr = 0.001 where rank 1 has option lr = 1.001",
@@ -330,7 +330,7 @@ def test_a_failure_after_the_exchange_is_told_where_weights_are_dtensors(pools):
     (step, told), (failed, cause) = pools(2).run(rank_checks.failing_after_exchange, function="move", sharded=True)
     assert (failed, cause) == (3, "RuntimeError: out of memory")
     assert step in (4, 5)
-    assert told == "RuntimeError: a rank failed in the last step; its own error says why"
+    assert told == "RuntimeError: a rank failed in the last step; see the error on that rank"
 
 
 @needs_fsdp2
