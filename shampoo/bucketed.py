@@ -18,7 +18,7 @@ from .shown import Entry, Shown
 from .state import Bucket, make_buckets
 
 # Attributes that pickle and deepcopy keep, besides torch's.
-KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_initialized")
+KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_initialized", "_compared", "_zero")
 
 
 class BucketedOptimizer(Optimizer):
@@ -39,10 +39,11 @@ class BucketedOptimizer(Optimizer):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
         self._buckets: list[Bucket] = []
-        self._shown = Shown([], [], {}, dict)  # what `state` shows of the buckets
+        self._shown = Shown([], [], {}, self)  # what `state` shows of the buckets
         self._exchanges: list[Exchange] = []  # [] on one rank
         self._consolidated: dict[Tensor, dict[str, Any]] | None = None  # the gathered state of all ranks, until the next step
         self._initialized = self._compared = False
+        self._zero = True  # whether all state is zero: no step was taken, nothing else loaded or set
         _, error = attempt(self._initialize, params, defaults)
         own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
         agree(self._ranks, own + options.describe(vars(self).get("param_groups", [])), error)
@@ -82,6 +83,7 @@ class BucketedOptimizer(Optimizer):
         if group["start_preconditioning_step"] is None:  # set here, so that a later change of the frequency does not move it
             group["start_preconditioning_step"] = group["precondition_frequency"]
 
+    @torch.inference_mode(False)
     def _update_buckets(self) -> None:
         """Rebuild the buckets if their `signature` (parameters and some options) changed, or users changed `state`.
 
@@ -100,6 +102,7 @@ class BucketedOptimizer(Optimizer):
         live = checkpoint.pack(shards)
         self._shown.release(self.state, set(self._params()), live)
         entries = self._shown.collect(self.state, live)
+        self._zero = self._zero and not self._shown.own
         buckets = make_buckets(groups, self._ranks.rank, self._ranks.size)
         _, error = attempt(checkpoint.unpack, buckets, entries, self._names(), checkpoint.MAY_START_LATE)
         agree(ranks, [], error)
@@ -108,10 +111,10 @@ class BucketedOptimizer(Optimizer):
     def _install(self, buckets: list[Bucket]) -> None:
         """Replace the buckets by new ones, which must fit the groups."""
         self._buckets, self._consolidated = buckets, None
-        self._shown = Shown(buckets, self.param_groups, self.state, self._live)  # type: ignore[arg-type]
+        self._shown = Shown(buckets, self.param_groups, self.state, self)  # type: ignore[arg-type]
         self._exchanges = make_exchanges(buckets, self._names(), self._ranks, self._exchange_dtype)
 
-    def _live(self) -> Mapping[Tensor, dict[str, Any]]:
+    def shown_state(self) -> Mapping[Tensor, dict[str, Any]]:
         """Return each parameter's state for `state` to show; on multiple ranks, `step` alone unless it is gathered."""
         return self._gathered() or {
             p: {"step": torch.tensor(float(n))}
@@ -134,6 +137,7 @@ class BucketedOptimizer(Optimizer):
         check_exchanges(self._exchanges)
         self._health.count(self._names)
         self._update_buckets()
+        self._zero = False
         if self._exchanges:
             self._shown.reset()
             self._consolidated = None
@@ -146,7 +150,7 @@ class BucketedOptimizer(Optimizer):
         """Return each parameter's state; on multiple ranks, zeros before the first step, then the gathered state, or None."""
         if self._ranks.size == 1:
             return checkpoint.pack([[bucket] for bucket in self._buckets])
-        if self._consolidated is None and not any(any(bucket.steps) for bucket in self._buckets):
+        if self._zero and self._consolidated is None:
             return checkpoint.pack(
                 [checkpoint.zero_shards(bucket, torch.device("cpu"), self._ranks) for bucket in self._buckets]
             )
@@ -212,6 +216,7 @@ class BucketedOptimizer(Optimizer):
         found, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
         agree(self._ranks, options.describe(found[0]) if found else [], error)
         self.param_groups, buckets, state = found
+        self._zero = checkpoint.is_zero(state_dict)
         self.state.clear()  # the same dictionary: wrappers may share it
         self.state.update({key: Entry(entry) if isinstance(key, Tensor) else entry for key, entry in state.items()})
         self._install(buckets)
@@ -231,4 +236,5 @@ class BucketedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._install(self._buckets)
+        if "_buckets" in state:
+            self._install(self._buckets)

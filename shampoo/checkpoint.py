@@ -123,6 +123,12 @@ def pack_state_dict(
     }
 
 
+def is_zero(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether a state_dict has no element that is not zero in its state."""
+    entries = (entry for entry in state_dict["state"].values() if isinstance(entry, dict))
+    return not any(bool(X.any()) for entry in entries for X in entry.values() if isinstance(X, Tensor))
+
+
 def unpack(
     buckets: Sequence[Bucket], saved: Mapping[Tensor, Entry], names: dict[Tensor, str], late: Sequence[str] = ()
 ) -> None:

@@ -20,13 +20,16 @@ def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool
     first = max(1, start - frequency + 1)
     if t < first:
         return []
-    due = {t % frequency} if t != start else {step % frequency for step in range(start, first + frequency)}
-    return [[b for b, phase in enumerate(of_stack) if phase in due] for of_stack in phases(stacks, frequency)]
+    late = start - first if t == start else frequency - 1  # at `start`, all that had no turn from `first` on
+    since = first if t == start else t - frequency + 1
+    return [
+        [b for b, phase in enumerate(of_stack) if (phase - since) % frequency >= late] for of_stack in phases(stacks, frequency)
+    ]
 
 
 @lru_cache(maxsize=256)
 def phases(stacks: Stacks, frequency: int) -> list[list[int]]:
     """Return each block's phase, t modulo the frequency at its refreshes, so that steps have equal work, d^3 per root."""
     costs = [Cost(float(sum(d**3 for d in block)), 0) for blocks, *block in stacks for _ in range(blocks)]
-    owners = iter(greedy(costs, [Cost(0.0, 0)] * frequency, most=0.0)[0])
+    owners = iter(greedy(costs, [Cost(0.0, 0)] * min(frequency, len(costs)), most=0.0)[0])
     return [list(islice(owners, blocks)) for blocks, *_ in stacks]

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
+from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -17,9 +19,9 @@ Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
 
 
 class Entry(dict[str, Any]):
-    """The state of one parameter: a dictionary that gets its tensors from `fill` when it is first used."""
+    """The state of one parameter: a dictionary that `Shown.fill` fills when it is first used."""
 
-    fill: Callable[[], None] | None = None
+    source: "ref[Shown] | None" = None  # while it is not filled; weak, so that a deleted optimizer is freed at once
 
     def __reduce__(self) -> Any:  # copies and pickles are plain dictionaries
         return dict, (list(self.items()),)
@@ -31,15 +33,17 @@ def _filled(name: str) -> Callable[..., Any]:
 
     def call(entry: Entry, *arguments: Any, **named: Any) -> Any:
         """Fill the entry, then call the method."""
-        if entry.fill is not None:
-            entry.fill()
+        shown = entry.source() if entry.source is not None else None
+        entry.source = None
+        if shown is not None:
+            shown.fill()
         return method(entry, *arguments, **named)
 
     return call
 
 
 for _name in (
-    "__contains__", "__delitem__", "__eq__", "__getitem__", "__iter__", "__len__", "__ne__", "__or__", "__repr__",
+    "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__", "__or__", "__repr__",
     "__reversed__", "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
 ):  # fmt: skip
     setattr(Entry, _name, _filled(_name))
@@ -64,7 +68,7 @@ class Shown:
     Args:
         groups: what the buckets were made for.
         state: `optimizer.state`; its dictionaries stay, with foreign keys, and tensors stay the same objects where they fit.
-        live: returns the entries to show.
+        owner: the optimizer; its `shown_state()` returns the entries to show.
     """
 
     def __init__(
@@ -72,9 +76,9 @@ class Shown:
         buckets: Sequence[Bucket],
         groups: Sequence[Group],
         state: dict[Any, Any],
-        live: Callable[[], Mapping[Tensor, Any]],
+        owner: Any,
     ):
-        self._buckets, self._signature, self._live = buckets, signature(groups), live
+        self._buckets, self._signature, self._owner = buckets, signature(groups), ref(owner)
         self._entries: Entries = {}
         self._pointers: dict[int, int] = {}  # where the data of each shown tensor was
         self.own: Entries = {}  # what was filled in; empty before that
@@ -92,14 +96,17 @@ class Shown:
         self.own, self._pointers = {}, {}
         for entry in self._entries.values():
             if isinstance(entry, Entry):
-                entry.fill = self.fill
+                entry.source = ref(self)
 
+    @torch.inference_mode(False)
     def fill(self) -> None:
         """Put the optimizer's own keys into all entries."""
+        owner = self._owner()
+        live = owner.shown_state() if owner is not None else {}
         for entry in self._entries.values():
             if isinstance(entry, Entry):
-                entry.fill = None
-        self.own = {p: dict(own) for p, own in self._live().items() if p in self._entries}
+                entry.source = None
+        self.own = {p: dict(own) for p, own in live.items() if p in self._entries}
         for p, own in self.own.items():
             entry = self._entries[p]
             for key, X in own.items():
@@ -133,7 +140,7 @@ class Shown:
         """Give entries that users moved, or whose parameter is not among these, their state for good."""
         for p, entry in self._entries.items():
             if isinstance(entry, Entry) and (p not in params or state.get(p) is not entry):
-                entry.fill = None
+                entry.source = None
                 dict.update(entry, {key: X for key, X in live[p].items() if key not in self.own.get(p, {})})
 
     def collect(self, state: Mapping[Any, Any], live: Entries) -> Entries:
@@ -141,6 +148,8 @@ class Shown:
         found: Entries = {}
         for p, entry in state.items():
             if isinstance(p, Tensor) and isinstance(entry, dict):
+                if entry is not self._entries.get(p):
+                    len(entry)  # fills that of another optimizer
                 shown, found[p] = self.own.get(p, {}), dict(dict.items(entry))
                 if entry is self._entries.get(p) and (not shown or any(key in found[p] for key in shown)):
                     found[p] = {**{key: X for key, X in live[p].items() if key not in shown}, **found[p]}

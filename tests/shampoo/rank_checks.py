@@ -814,6 +814,6 @@ def option_changed_after_consolidation(rank, size):
     try:
         optimizer.consolidate_state_dict(to=None)
         optimizer.load_state_dict(optimizer.state_dict())
-    except ValueError as refused:  # on all ranks alike
+    except (ValueError, RuntimeError) as refused:  # on all ranks, its own or another's
         return error, str(refused)
     return error, None

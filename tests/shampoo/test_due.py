@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import make_params, set_gradients
+from common import make_params, set_gradients, train
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,3 +197,10 @@ def test_a_block_without_roots_gets_them_alone():
         roots.append([optimizer.state[p]["inv_roots.0.0"].clone() for p in params])
     changed = [[t for t in range(2, 21) if not torch.equal(roots[t - 1][i], roots[t - 2][i])] for i in range(2)]
     assert changed == [[10, 20], [14, 20]]
+
+
+def test_a_frequency_beyond_any_run_takes_neither_memory_nor_time():
+    params = make_params((6, 5), (7,))
+    optimizer = AdamWShampoo(params, stagger=True, precondition_frequency=10**12, start_preconditioning_step=2)
+    train(optimizer, params, 4)
+    assert optimizer.state[params[0]]["inv_roots.0.0"].any()

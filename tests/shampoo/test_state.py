@@ -1,6 +1,8 @@
 """`state`, hooks, and state_dicts as users of torch's AdamW expect them."""
 
+import gc
 import pickle
+import weakref
 from collections import defaultdict
 from copy import copy, deepcopy
 
@@ -968,3 +970,68 @@ def test_a_state_dict_of_version_1_counts_the_steps_of_the_group():
     train(optimizer, params, 3, first=3)
     train(other, other_params, 3, first=3)
     assert largest_difference([p.detach() for p in params], [p.detach() for p in other_params]) == 0
+
+
+HANDED_OVER = {
+    "the whole": lambda old, new, params: setattr(new, "state", old.state),
+    "updated": lambda old, new, params: new.state.update(old.state),
+    "one by one": lambda old, new, params: [new.state.__setitem__(p, old.state[p]) for p in params],
+}
+
+
+@pytest.mark.parametrize("hand_over", HANDED_OVER.values(), ids=HANDED_OVER)
+def test_state_that_is_handed_to_another_optimizer_goes_on_there(hand_over):
+    def act(make, params):
+        old, new = make(params), make(params)
+        train(old, params, 5)
+        hand_over(old, new, params)
+        train(new, params, 5, first=5)
+
+    compare_with_adamw(act)
+
+
+def test_a_look_in_inference_mode_breaks_nothing():
+    def act(make, params):
+        optimizer = make(params)
+        train(optimizer, params, 3)
+        with torch.inference_mode():
+            assert all(entry["exp_avg"].norm() > 0 for entry in optimizer.state.values())
+        train(optimizer, params, 3, first=3)
+
+    compare_with_adamw(act)
+
+
+def test_a_deleted_optimizer_and_a_replaced_state_are_freed_at_once():
+    params = make_params((6, 5), (20, 9))
+    optimizer = AdamWShampoo(params, block_size=8)
+    train(optimizer, params, 2)
+    bucket, saved = weakref.ref(optimizer._buckets[0].exp_avg), deepcopy(optimizer.state_dict())
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.load_state_dict(saved)
+        assert bucket() is None
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_setting_an_empty_state_from_outside_is_a_reset():
+    def act(make, params):
+        optimizer = make(params)
+        train(optimizer, params, 3)
+        optimizer.__setstate__({"state": defaultdict(dict)})
+        train(optimizer, params, 3, first=3)
+
+    compare_with_adamw(act)
+
+
+def test_an_entry_is_compared_and_updated_as_a_dictionary_before_it_is_looked_at():
+    params, optimizer = trained()
+    assert optimizer.state[params[0]] != {}
+    params, optimizer = trained()
+    optimizer.state[params[0]] |= {"exp_avg": torch.zeros_like(params[0])}
+    assert not optimizer.state[params[0]]["exp_avg"].any()
+    assert len(optimizer.state[params[0]]) > 3
