@@ -102,7 +102,7 @@ class BucketedOptimizer(Optimizer):
         live = checkpoint.pack(shards)
         self._shown.release(self.state, set(self._params()), live)
         entries = self._shown.collect(self.state, live)
-        self._zero = self._zero and not self._shown.own
+        self._zero = self._zero and checkpoint.is_zero({"state": entries})
         buckets = make_buckets(groups, self._ranks.rank, self._ranks.size)
         _, error = attempt(checkpoint.unpack, buckets, entries, self._names(), checkpoint.MAY_START_LATE)
         agree(ranks, [], error)

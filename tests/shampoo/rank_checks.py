@@ -817,3 +817,15 @@ def option_changed_after_consolidation(rank, size):
     except (ValueError, RuntimeError) as refused:  # on all ranks, its own or another's
         return error, str(refused)
     return error, None
+
+
+def state_set_before_the_first_step(rank, size):
+    """Set a moment before the first step, gather, and return its sums in the state_dict of each rank, before and after."""
+    params = parameters((9, 7), (4,))
+    optimizer = AdamWShampoo(params, **COMMON)
+    optimizer.state[params[0]]["exp_avg"] = torch.ones_like(params[0])
+    optimizer.consolidate_state_dict(to=None)
+    gathered = optimizer.state_dict()["state"][0]["exp_avg"].sum().item()
+    first_error(optimizer, params, 1)
+    optimizer.consolidate_state_dict(to=None)
+    return gathered, optimizer.state_dict()["state"][0]["step"].item()

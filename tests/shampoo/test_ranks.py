@@ -413,3 +413,7 @@ def test_a_consolidated_state_is_not_given_out_once_an_option_changes_what_it_ho
     for error, refused in pools(2).run(rank_checks.option_changed_after_consolidation):
         assert "call consolidate_state_dict() on all ranks" in error
         assert refused is None or "parameter 0 of shape (9, 7)" in refused
+
+
+def test_a_moment_that_is_set_before_the_first_step_is_kept(pools):
+    assert pools(2).run(rank_checks.state_set_before_the_first_step) == [(63, 1)] * 2
