@@ -32,6 +32,14 @@ def train(optimizer, params, steps, first=0):
         optimizer.step()
 
 
+def trained(steps=3, **options):
+    """Return parameters and an optimizer with factors and roots after some steps."""
+    params = make_params((6, 5), (20, 9), (7,))
+    optimizer = AdamWShampoo(params, **{"block_size": 8, "precondition_frequency": 2, **options})
+    train(optimizer, params, steps)
+    return params, optimizer
+
+
 def identical(a, b):
     """Return True if nested containers have the same structure, dtypes and values."""
     if isinstance(a, torch.Tensor):
@@ -63,3 +71,15 @@ def compare_with_adamw(act):
         found.append([x.detach().clone() for x in (params if returned is None else returned)])
     for expected, x in zip(*found, strict=True):
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+
+
+def compare_change_with_adamw(change):
+    """Assert that three steps, change(optimizer, params), and three steps of params act as with torch's AdamW."""
+
+    def act(make, params):
+        optimizer = make(params)
+        train(optimizer, params, 3)
+        change(optimizer, params)
+        train(optimizer, params, 3, first=3)
+
+    compare_with_adamw(act)
