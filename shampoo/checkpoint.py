@@ -30,7 +30,7 @@ ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # op
 # State that may be missing after a change of groups or of `state`, and then starts at zero.
 MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
-Entry = dict[str, Any]  # state of a parameter
+ParameterState = dict[str, Any]  # by key
 
 
 def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
@@ -107,7 +107,7 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
 
 
 def pack_state_dict(
-    groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, Entry], state: Mapping[Any, Entry]
+    groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, ParameterState], state: Mapping[Any, ParameterState]
 ) -> dict[str, Any]:
     """Return the state_dict of groups, each parameter's entry, and foreign keys of `state`, with parameters as indices."""
     index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
@@ -130,7 +130,7 @@ def is_zero(state_dict: Mapping[str, Any]) -> bool:
 
 
 def unpack(
-    buckets: Sequence[Bucket], saved: Mapping[Tensor, Entry], names: dict[Tensor, str], late: Sequence[str] = ()
+    buckets: Sequence[Bucket], saved: Mapping[Tensor, ParameterState], names: dict[Tensor, str], late: Sequence[str] = ()
 ) -> None:
     """Copy the state of each parameter into new buckets, converted to their dtypes.
 
@@ -189,7 +189,7 @@ def lookup(entry: Any, key: str) -> Any:
 
 def read(
     state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
-) -> tuple[list[Group], list[Bucket], dict[Any, Entry]]:
+) -> tuple[list[Group], list[Bucket], dict[Any, ParameterState]]:
     """Return the groups of a state_dict, this rank's buckets with its state, and foreign state by parameter or other key.
 
     Raises ValueError if the state_dict does not fit `groups`, the optimizer's.
@@ -209,7 +209,9 @@ def read(
     return found, buckets, state
 
 
-def match_groups(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, Entry]]:
+def match_groups(
+    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
+) -> tuple[list[Group], dict[Any, ParameterState]]:
     """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
 
     Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,

@@ -161,6 +161,11 @@ def move(
             add_full(p, full_update)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Return whether x is a DTensor."""
+    return hasattr(x, "full_tensor")
+
+
 def full_tensor(x: Tensor) -> Tensor:
     """Gather a DTensor, a collective on its mesh; return any other tensor unchanged."""
     full: Tensor = getattr(x, "full_tensor", lambda: x)()
@@ -169,7 +174,7 @@ def full_tensor(x: Tensor) -> Tensor:
 
 def full_gradient(p: Tensor) -> Tensor | None:
     """Return p.grad, or None. A DTensor is gathered: a collective, even if only other ranks have a gradient."""
-    if not hasattr(p, "full_tensor"):
+    if not is_sharded(p):
         return p.grad
     full = full_tensor(torch.zeros_like(p) if p.grad is None else p.grad)
     return None if p.grad is None else full
@@ -177,7 +182,7 @@ def full_gradient(p: Tensor) -> Tensor | None:
 
 def add_full(x: Tensor, update: Tensor) -> None:
     """x <- x + update in place, for an update of x's full shape; if x is a DTensor, each rank updates its own shard."""
-    if not hasattr(x, "full_tensor"):
+    if not is_sharded(x):
         x.add_(update)
         return
     from torch.distributed.tensor import DTensor, Replicate  # slow (1.5 s), so import it only for DTensors
@@ -185,11 +190,6 @@ def add_full(x: Tensor, update: Tensor) -> None:
     mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
     replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
     x.to_local().add_(replicated.redistribute(mesh, placements).to_local())  # type: ignore[attr-defined]
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Return whether x is a DTensor."""
-    return hasattr(x, "full_tensor")
 
 
 def checksum(x: Tensor) -> int:

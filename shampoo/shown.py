@@ -122,19 +122,17 @@ class Shown:
         if signature(groups) != self._signature or not all(map(is_, map(state.get, self._entries), self._entries.values())):
             return True
         for bucket in self._buckets:
-            if (bucket.exp_avg is None and bucket.group["betas"][0]) or (
-                bucket.momentum_buffer is None and bucket.group["momentum"]
-            ):
+            group = bucket.group
+            if (group["betas"][0] and bucket.exp_avg is None) or (group["momentum"] and bucket.momentum_buffer is None):
                 return True
-        for p, own in self.own.items():
-            for key, X in own.items():
-                if X.data_ptr() != self._pointers[id(X)] or self._entries[p].get(key) is not X:
+            for p in bucket.params if self.own else ():
+                own, entry = self.own[p], self._entries[p]
+                if any(X.data_ptr() != self._pointers[id(X)] or entry.get(key) is not X for key, X in own.items()):
                     return True
-        return any(is_own(bucket, key) for bucket, p in self._partly() for key in self._entries[p].keys() - self.own[p].keys())
-
-    def _partly(self) -> list[tuple[Bucket, Tensor]]:
-        """Return the bucket and parameter of each entry that shows only a part of the state, on multiple ranks."""
-        return [(bucket, p) for bucket in self._buckets for p in bucket.params if self.own and len(bucket.layouts) > 1]
+                # On multiple ranks, `own` may be only a part of the state, to which users add.
+                if len(bucket.layouts) > 1 and any(is_own(bucket, key) for key in entry.keys() - own.keys()):
+                    return True
+        return False
 
     def release(self, state: Mapping[Any, Any], params: set[Tensor], live: Entries) -> None:
         """Give entries that users moved, or whose parameter is not among these, their state for good."""
