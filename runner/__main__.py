@@ -1,7 +1,6 @@
 """`python -m runner`: run a submission on a workload, with the flags of AlgoPerf's submission runner."""
 
 import collections
-import importlib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
 from .report import first_reaching_target, format_target, plot_trials, read_trials, trial_table
 from .search_space import read_points
+from .submissions import load_submission
 from .workloads import WORKLOADS, load_workload
 from .workloads.base import LaptopWorkload
 
@@ -77,24 +77,6 @@ def print_rank_0(text: str) -> None:
     if distributed.rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def load_submission(path: str) -> ModuleType:
-    """Import a submission, as AlgoPerf does: as a dotted module path from the working directory, or from its own folder if it
-    is outside the working directory.
-
-    Raise ValueError if `path` is not an existing Python file, or the file lacks a function of the API.
-    """
-    file = Path(path).expanduser().resolve()
-    if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"the submission path is {path!r}; it must be a Python file that exists")
-    root = Path.cwd() if Path.cwd() in file.parents else file.parent
-    sys.path.insert(0, str(root))
-    module = importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
-    needed = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
-    if missing := [name for name in needed if not hasattr(module, name)]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; a submission must define {', '.join(needed)}")
-    return module
 
 
 def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkload) -> int:

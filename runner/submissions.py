@@ -1,0 +1,61 @@
+"""Submissions and other Python files that users name by path."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+NEEDED = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
+
+
+def load_submission(path: str) -> ModuleType:
+    """Import a submission with `load_module`.
+
+    Raise ValueError if `path` is not an existing Python file, cannot be imported, or lacks a function of the API.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"the submission path is {path!r}; it must be a Python file that exists")
+    module = load_module(file)
+    if missing := [name for name in NEEDED if not hasattr(module, name)]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; a submission must define {', '.join(NEEDED)}")
+    return module
+
+
+def load_module(file: Path) -> ModuleType:
+    """Import a Python file from any folder under a name that no other module has. A file that was imported before is not run
+    again.
+
+    Its folder becomes importable, as for a script. In a folder below the working directory, or one with `__init__.py`, it may
+    also use `from .other import f` and AlgoPerf's `from submissions.NAME.other import f`. Raise ValueError if an import in the
+    file fails.
+    """
+    file = file.resolve()
+    root = package_root(file.parent)
+    package = file.parent.relative_to(root).parts
+    name = ".".join([*(package if all(map(str.isidentifier, package)) else ()), re.sub(r"\W", "_", str(file))])
+    if name in sys.modules:
+        return sys.modules[name]
+    for folder in (root, file.parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, ImportError):
+            raise ValueError(f"{file} cannot be imported: {error}") from error
+        raise
+    return module
+
+
+def package_root(folder: Path) -> Path:
+    """Return the working directory if it holds `folder`, as in AlgoPerf, else the nearest folder without `__init__.py`."""
+    if folder.is_relative_to(Path.cwd()):
+        return Path.cwd()
+    return next(parent for parent in (folder, *folder.parents) if not (parent / "__init__.py").exists())
