@@ -17,7 +17,7 @@ from . import ALGOPERF, distributed
 from .data import DataError
 from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
-from .report import first_reaching_target, format_target, plot_trials, read_trials, trial_table
+from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
 from .search_space import read_points
 from .submissions import load_submission
 from .workloads import WORKLOADS, load_workload
@@ -181,8 +181,11 @@ def prepare_trial(trial: Path, point: Any) -> tuple[dict[str, Any], int]:
     return values, trial_seed(trial)
 
 
-def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> None:
-    """Run the selected points one after another. A trial that fails writes its error to error.txt, and the next one starts."""
+def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> int:
+    """Run the selected points one after another; return how many failed. A trial that fails writes its error to error.txt, and
+    the next one starts.
+    """
+    failed = 0
     settings = Settings(
         batch_size=global_batch_size(submission, FLAGS.workload, workload),
         max_global_steps=FLAGS.max_global_steps,
@@ -201,21 +204,21 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
             run_trial(workload, submission, point, seed, trial, settings, progress)
         except KeyboardInterrupt:
             print_rank_0(f"interrupted in trial {i}; pass --resume_last_run to resume it from its last evaluation")
-            return
+            break
         except Exception as error:
+            failed += 1
             (trial / "error.txt").write_text(traceback.format_exc())
-            print_rank_0(f"trial {i} failed: {error!r}; see {trial / 'error.txt'}")
+            message = " ".join(traceback.format_exception_only(error)[-1].split())
+            print_rank_0(f"trial {i} failed: {message}; see {trial / 'error.txt'}")
             if distributed.world_size() > 1:
                 raise  # other ranks may be waiting for this one; torchrun then stops them
         finally:
             progress.close()
+    return failed
 
 
-def summarize(workload: LaptopWorkload, folder: Path) -> None:
+def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
     """Print the table of trials, plot their validation metric, and print where to find the files."""
-    trials = read_trials(folder)
-    if not trials:
-        sys.exit("error: no trial was evaluated")
     failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
     hits = sum(first_reaching_target(workload, evaluations) is not None for _, evaluations in trials.values())
     print_rank_0(f"\n{trial_table(workload, trials).to_string()}\n")
@@ -229,7 +232,9 @@ def summarize(workload: LaptopWorkload, folder: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Check everything that can be checked before the first step, run the trials, and print a summary."""
+    """Check everything that can be checked before the first step, run the trials, and print a summary. The exit status is 1 if
+    a trial failed.
+    """
     distributed.start()
     print_rank_0(ALGOPERF)
     for name, reason in (IGNORED_FLAGS | IGNORED_SWITCHES).items():
@@ -245,9 +250,14 @@ def main(_: list[str]) -> None:
         folder = distributed.broadcast(prepare_folder(points) if distributed.rank() == 0 else None)
     except (ValueError, FileExistsError, DataError) as error:
         sys.exit(f"error: {error}")
-    run_trials(workload, submission, points, folder)
+    failed = run_trials(workload, submission, points, folder)
     if distributed.rank() == 0:
-        summarize(workload, folder)
+        if trials := read_trials(folder):
+            summarize(workload, folder, trials)
+        if failed:
+            sys.exit(f"error: {failed} of {len(select_points(points))} trials failed")
+        if not trials:
+            sys.exit("error: no trial was evaluated")
 
 
 if __name__ == "__main__":

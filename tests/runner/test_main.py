@@ -110,23 +110,34 @@ def test_a_finished_trial_is_left_unchanged(finished, tmp_path):
     assert "was begun with --rng_seed=7, not 8" in error_of("runner.__main__", *argv, "--rng_seed=8")
 
 
-@pytest.mark.slow
+FAILING = """
+from submission import *
+import submission
+
+def update_params(**arguments):
+    if arguments["hyperparameters"].grafting == "sgd":
+        raise ArithmeticError("diverged\\nat step 0")
+    return submission.update_params(**arguments)
+"""
+
+
 def test_trials_continue_after_one_that_fails(tmp_path):
-    (tmp_path / "failing.py").write_text(
-        "from submission import *\n"
-        "import submission\n"
-        "def update_params(**arguments):\n"
-        "    if arguments['hyperparameters'].grafting == 'sgd':\n"
-        "        raise ArithmeticError('diverged')\n"
-        "    return submission.update_params(**arguments)\n"
-    )
-    submission = f"--submission_path={tmp_path / 'failing.py'}"
-    flags = [submission, "--num_tuning_trials=4", "--hparam_start_index=2", "--max_global_steps=1"]
-    output = start("runner", *arguments(tmp_path, *flags)).stdout
-    assert "trial 3 failed: ArithmeticError('diverged')" in output
-    assert "diverged" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
+    """The terminal shows its error in one line, and the exit status is 1."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = [f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=4", "--max_global_steps=1"]
+    with pytest.raises(SystemExit, match="error: 1 of 2 trials failed") as stopped:
+        call("runner.__main__", *arguments(tmp_path, *flags, "--hparam_start_index=2"))
+    (output,) = stopped.value.__notes__
+    assert "trial 3 failed: ArithmeticError: diverged at step 0; see " in output
+    assert "ArithmeticError: diverged\nat step 0" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
     assert "trial 4" in output
     assert "; 1 failed" in output
+
+
+def test_a_run_in_which_all_trials_fail_says_so(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = [f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=3", "--hparam_start_index=2"]
+    assert error_of("runner.__main__", *arguments(tmp_path, *flags)) == "error: 1 of 1 trials failed"
 
 
 @pytest.mark.parametrize(
