@@ -20,11 +20,11 @@ from .loop import Settings, run_trial
 from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
 from .search_space import read_points
 from .submissions import load_submission
-from .workloads import WORKLOADS, load_workload
+from .workloads import WORKLOADS, load_workload, short_name
 from .workloads.base import LaptopWorkload
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workload", None, f"one of {', '.join(WORKLOADS)}", required=True)
+flags.DEFINE_string("workload", None, f"one of {', '.join(WORKLOADS)}, or path/to/file.py:Class", required=True)
 flags.DEFINE_string("submission_path", None, "Python file of the submission", required=True)
 flags.DEFINE_string("tuning_search_space", None, "JSON file: a list of points, or a range per hyperparameter", required=True)
 flags.DEFINE_string("experiment_dir", None, "folder that holds all experiments", required=True)
@@ -160,7 +160,7 @@ def check_resumable(trials: list[Path]) -> None:
 def prepare_folder(points: list[Any]) -> Path:
     """Return the folder of the run; create it if needed. Raise like `experiment_folder` and `check_resumable`."""
     folder = experiment_folder(
-        FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
+        FLAGS.experiment_dir, FLAGS.experiment_name, short_name(FLAGS.workload), FLAGS.resume_last_run, FLAGS.overwrite
     )
     check_resumable([folder / f"trial_{i}" for i, _ in select_points(points)])
     return folder
@@ -187,7 +187,7 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
     """
     failed = 0
     settings = Settings(
-        batch_size=global_batch_size(submission, FLAGS.workload, workload),
+        batch_size=global_batch_size(submission, short_name(FLAGS.workload), workload),
         max_global_steps=FLAGS.max_global_steps,
         eval_every_steps=FLAGS.eval_every_steps,
         save_checkpoints=FLAGS.save_checkpoints,
@@ -227,7 +227,7 @@ def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
         + (f"; {failed} failed" if failed else "")
     )
     picture = folder / "validation.png"
-    plot_trials(workload, FLAGS.workload, trials, picture)
+    plot_trials(workload, short_name(FLAGS.workload), trials, picture)
     print_rank_0(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")
 
 

@@ -145,7 +145,8 @@ def test_a_run_in_which_all_trials_fail_says_so(tmp_path):
     [
         (
             ["--workload=mnist_resnt"],
-            f"unknown workload 'mnist_resnt'; it must be one of {', '.join(WORKLOADS)}; did you mean mnist_resnet?",
+            f"unknown workload 'mnist_resnt'; it must be one of {', '.join(WORKLOADS)}, or path/to/file.py:Class; "
+            "did you mean mnist_resnet?",
         ),
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),
