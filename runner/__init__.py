@@ -1,6 +1,8 @@
 """A stand-in for AlgoPerf's submission runner: the same flags, training loop, and files, on small workloads with real data.
 
-Importing it makes `from algoperf import spec` work: `algoperf` is the installed package, or `runner.spec` if there is none.
+Importing it makes the imports of AlgoPerf's torch submissions work, `from algoperf import spec` and
+`from algoperf.pytorch_utils import pytorch_setup`: `algoperf` is the installed package or, if there is none, has the modules of
+those names in this folder. Its name in version 0.5, `algorithmic_efficiency`, then works too.
 """
 
 import importlib
@@ -12,7 +14,10 @@ try:
     ALGOPERF = "algoperf is installed; using its spec"
 except ImportError as error:
     package = ModuleType("algoperf", "Stands in for AlgoPerf's package, which is not installed.")
-    package.spec = importlib.import_module("runner.spec")  # type: ignore[attr-defined]
-    sys.modules.update({"algoperf": package, "algoperf.spec": package.spec})
+    for name in ("spec", "pytorch_utils"):
+        module = importlib.import_module(f"runner.{name}")
+        setattr(package, name, module)
+        sys.modules.update({f"algoperf.{name}": module, f"algorithmic_efficiency.{name}": module})
+    sys.modules.update({"algoperf": package, "algorithmic_efficiency": package})
     reason = "is not installed" if getattr(error, "name", None) == "algoperf" else f"cannot be imported ({error})"
     ALGOPERF = f"algoperf {reason} and is not needed; using runner/spec.py in place of its spec"

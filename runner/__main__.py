@@ -17,16 +17,16 @@ from . import ALGOPERF, distributed
 from .data import DataError
 from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
-from .report import first_reaching_target, format_target, plot_trials, read_trials, trial_table
+from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
 from .search_space import read_points
 from .submissions import load_submission
-from .workloads import WORKLOADS, load_workload
+from .workloads import WORKLOADS, load_workload, short_name
 from .workloads.base import LaptopWorkload
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workload", None, f"one of {', '.join(WORKLOADS)}", required=True)
+flags.DEFINE_string("workload", None, f"one of {', '.join(WORKLOADS)}, or path/to/file.py:Class", required=True)
 flags.DEFINE_string("submission_path", None, "Python file of the submission", required=True)
-flags.DEFINE_string("tuning_search_space", None, "JSON file: a list of points, or a range per hyperparameter", required=True)
+flags.DEFINE_string("tuning_search_space", None, "JSON file: a list of points, or a range per hyperparameter")
 flags.DEFINE_string("experiment_dir", None, "folder that holds all experiments", required=True)
 flags.DEFINE_string("experiment_name", None, "name of this experiment: a folder in experiment_dir", required=True)
 flags.DEFINE_integer("num_tuning_trials", 1, "number of points to take from the search space", lower_bound=1)
@@ -51,7 +51,12 @@ flags.DEFINE_boolean("resume_last_run", False, "resume an experiment from its ch
 flags.DEFINE_boolean("overwrite", False, "replace an experiment of the same name")
 flags.DEFINE_boolean("torch_compile", False, "compile the model (AlgoPerf: true)")
 flags.DEFINE_enum("framework", "pytorch", ["pytorch"], "PyTorch only")
-flags.DEFINE_enum("tuning_ruleset", "external", ["external"], "external tuning only")
+flags.DEFINE_enum(
+    "tuning_ruleset",
+    "external",
+    ["external", "self"],
+    "external: a trial per point of the search space; self: one trial without hyperparameters, with 1.5 times the time",
+)
 
 IGNORED_FLAGS = {  # accepted so that AlgoPerf's command lines work unchanged
     "data_dir": "the data ships inside packages",
@@ -80,12 +85,36 @@ def print_rank_0(text: str) -> None:
 
 
 def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkload) -> int:
-    """Return the submission's batch size for the workload, or the workload's default if the submission does not know it."""
+    """Return the submission's batch size for the workload, or the workload's default if the submission does not know it: if
+    `get_batch_size` raises ValueError, as AlgoPerf's submissions do, or KeyError, as a dictionary does.
+
+    Raise ValueError if `get_batch_size` returns anything but an integer >= 1.
+    """
     try:
-        batch_size: int = submission.get_batch_size(name)
-    except ValueError:
+        batch_size = submission.get_batch_size(name)
+    except (ValueError, KeyError):
+        print_rank_0(f"get_batch_size does not know {name}; using the workload's batch size, {workload.default_batch_size}")
         return workload.default_batch_size
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"get_batch_size({name!r}) returned {batch_size!r}; it must return an integer >= 1, or raise ValueError if it does "
+            "not know the workload"
+        )
     return batch_size
+
+
+def read_space() -> list[Any]:
+    """Return the points of the search space or, with --tuning_ruleset=self, the only point, which is None as in AlgoPerf.
+
+    Raise ValueError like `read_points`, or if the search space does not fit the ruleset.
+    """
+    if FLAGS.tuning_ruleset == "self":
+        if FLAGS.tuning_search_space:
+            raise ValueError("--tuning_ruleset=self has no search space; omit --tuning_search_space")
+        return [None]
+    if not FLAGS.tuning_search_space:
+        raise ValueError("--tuning_search_space is missing; give a JSON file, or --tuning_ruleset=self if there is none")
+    return read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
 
 
 def trial_seed(folder: Path) -> int:
@@ -138,13 +167,18 @@ class Progress:
 
 
 def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[Any]) -> None:
-    """Build the optimizer at every point. Raise ValueError for an invalid point, before the first trial."""
+    """Build the optimizer at every point. Raise ValueError for an invalid or incomplete point, before the first trial."""
     for i, point in enumerate(points, start=1):
         model, model_state = workload.init_model_fn([0, 0])
+        where = f"{FLAGS.tuning_search_space}, point {i}" if FLAGS.tuning_search_space else FLAGS.submission_path
         try:
             submission.init_optimizer_state(workload, model, model_state, point, [0, 0])
         except ValueError as error:
-            raise ValueError(f"{FLAGS.tuning_search_space}, point {i}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
+        except AttributeError as error:
+            if point is None or error.obj is not point:
+                raise
+            raise ValueError(f"{where} lacks the hyperparameter {error.name}, which the submission needs; add it") from error
 
 
 def check_resumable(trials: list[Path]) -> None:
@@ -160,7 +194,7 @@ def check_resumable(trials: list[Path]) -> None:
 def prepare_folder(points: list[Any]) -> Path:
     """Return the folder of the run; create it if needed. Raise like `experiment_folder` and `check_resumable`."""
     folder = experiment_folder(
-        FLAGS.experiment_dir, FLAGS.experiment_name, FLAGS.workload, FLAGS.resume_last_run, FLAGS.overwrite
+        FLAGS.experiment_dir, FLAGS.experiment_name, short_name(FLAGS.workload), FLAGS.resume_last_run, FLAGS.overwrite
     )
     check_resumable([folder / f"trial_{i}" for i, _ in select_points(points)])
     return folder
@@ -175,16 +209,19 @@ def prepare_trial(trial: Path, point: Any) -> tuple[dict[str, Any], int]:
     """Create the folder of a trial; return its hyperparameters and seed. A trial to resume keeps those it was started with."""
     trial.mkdir(exist_ok=True)
     saved = trial / "hparams.json"
-    values = json.loads(saved.read_text()) if saved.exists() else point._asdict()
+    values = json.loads(saved.read_text()) if saved.exists() else {} if point is None else point._asdict()
     write_json(saved, values)
     (trial / "error.txt").unlink(missing_ok=True)
     return values, trial_seed(trial)
 
 
-def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], folder: Path) -> None:
-    """Run the selected points one after another. A trial that fails writes its error to error.txt, and the next one starts."""
+def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], batch_size: int, folder: Path) -> int:
+    """Run the selected points one after another; return how many failed. A trial that fails writes its error to error.txt, and
+    the next one starts.
+    """
+    failed = 0
     settings = Settings(
-        batch_size=global_batch_size(submission, FLAGS.workload, workload),
+        batch_size=batch_size,
         max_global_steps=FLAGS.max_global_steps,
         eval_every_steps=FLAGS.eval_every_steps,
         save_checkpoints=FLAGS.save_checkpoints,
@@ -195,27 +232,28 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
     for i, point in select_points(points):
         trial = folder / f"trial_{i}"
         values, seed = distributed.broadcast(prepare_trial(trial, point) if distributed.rank() == 0 else None)
-        point = collections.namedtuple("Hyperparameters", values)(**values)
+        if point is not None:
+            point = collections.namedtuple("Hyperparameters", values)(**values)
         progress = Progress(f"trial {i}/{len(points)}", workload)
         try:
             run_trial(workload, submission, point, seed, trial, settings, progress)
         except KeyboardInterrupt:
             print_rank_0(f"interrupted in trial {i}; pass --resume_last_run to resume it from its last evaluation")
-            return
+            break
         except Exception as error:
+            failed += 1
             (trial / "error.txt").write_text(traceback.format_exc())
-            print_rank_0(f"trial {i} failed: {error!r}; see {trial / 'error.txt'}")
+            message = " ".join(traceback.format_exception_only(error)[-1].split())
+            print_rank_0(f"trial {i} failed: {message}; see {trial / 'error.txt'}")
             if distributed.world_size() > 1:
                 raise  # other ranks may be waiting for this one; torchrun then stops them
         finally:
             progress.close()
+    return failed
 
 
-def summarize(workload: LaptopWorkload, folder: Path) -> None:
+def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
     """Print the table of trials, plot their validation metric, and print where to find the files."""
-    trials = read_trials(folder)
-    if not trials:
-        sys.exit("error: no trial was evaluated")
     failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
     hits = sum(first_reaching_target(workload, evaluations) is not None for _, evaluations in trials.values())
     print_rank_0(f"\n{trial_table(workload, trials).to_string()}\n")
@@ -224,12 +262,14 @@ def summarize(workload: LaptopWorkload, folder: Path) -> None:
         + (f"; {failed} failed" if failed else "")
     )
     picture = folder / "validation.png"
-    plot_trials(workload, FLAGS.workload, trials, picture)
+    plot_trials(workload, short_name(FLAGS.workload), trials, picture)
     print_rank_0(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")
 
 
 def main(_: list[str]) -> None:
-    """Check everything that can be checked before the first step, run the trials, and print a summary."""
+    """Check everything that can be checked before the first step, run the trials, and print a summary. The exit status is 1 if
+    a trial failed.
+    """
     distributed.start()
     print_rank_0(ALGOPERF)
     for name, reason in (IGNORED_FLAGS | IGNORED_SWITCHES).items():
@@ -237,17 +277,24 @@ def main(_: list[str]) -> None:
             print_rank_0(f"--{name} has no meaning here: {reason}")
     try:
         workload = load_workload(FLAGS.workload)
+        workload.max_allowed_runtime_sec *= 1.5 if FLAGS.tuning_ruleset == "self" else 1
         submission = load_submission(FLAGS.submission_path)
-        points = read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
+        points = read_space()
         if not select_points(points):
             raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
+        batch_size = global_batch_size(submission, short_name(FLAGS.workload), workload)
         check_points(workload, submission, points)
         folder = distributed.broadcast(prepare_folder(points) if distributed.rank() == 0 else None)
     except (ValueError, FileExistsError, DataError) as error:
         sys.exit(f"error: {error}")
-    run_trials(workload, submission, points, folder)
+    failed = run_trials(workload, submission, points, batch_size, folder)
     if distributed.rank() == 0:
-        summarize(workload, folder)
+        if trials := read_trials(folder):
+            summarize(workload, folder, trials)
+        if failed:
+            sys.exit(f"error: {failed} of {len(select_points(points))} trials failed")
+        if not trials:
+            sys.exit("error: no trial was evaluated")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def load(module):
 
 
 def call(module, *argv):
-    """Do what `python -m MODULE ARGV` does, in this process. Return what it prints; SystemExit is raised."""
+    """Do what `python -m MODULE ARGV` does, in this process. Return what it prints, or raise SystemExit with that as a note."""
     command, own = load(module)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(ROOT)
@@ -60,6 +60,9 @@ def call(module, *argv):
         try:
             flags.FLAGS([module, *argv])
             command.main([])
+        except SystemExit as stopped:
+            stopped.add_note(printed.getvalue())
+            raise
         finally:
             flags.FLAGS.unparse_flags()
             flags.FLAGS.remove_flag_values(own)

@@ -110,23 +110,95 @@ def test_a_finished_trial_is_left_unchanged(finished, tmp_path):
     assert "was begun with --rng_seed=7, not 8" in error_of("runner.__main__", *argv, "--rng_seed=8")
 
 
-@pytest.mark.slow
+ALGOPERFS = """
+import torch
+from algoperf import spec
+from algoperf.pytorch_utils import pytorch_setup
+
+PARALLEL, RANK, DEVICE, N_GPUS = pytorch_setup()
+BATCH_SIZES = {"mnist_vit": 16, "fsdd_lstm": None}
+
+def get_batch_size(workload_name):
+    return BATCH_SIZES[workload_name]
+
+def init_optimizer_state(workload, model_params, model_state, hyperparameters, rng):
+    rate = 0.5 if hyperparameters is None else hyperparameters.rate
+    return {"optimizer": torch.optim.SGD(model_params.parameters(), lr=rate)}
+
+def update_params(workload, current_param_container, model_state, hyperparameters, optimizer_state, batch, **others):
+    assert len(batch["inputs"]) == 16 and hyperparameters is None and not PARALLEL and RANK == 0
+    return optimizer_state, current_param_container, model_state
+
+def data_selection(workload, input_queue, *others):
+    return next(input_queue)
+"""
+
+
+@pytest.fixture
+def algoperfs(tmp_path):
+    """The flag that names a submission with the imports of AlgoPerf's."""
+    (tmp_path / "algoperfs.py").write_text(ALGOPERFS)
+    return f"--submission_path={tmp_path / 'algoperfs.py'}"
+
+
+def without_space(*argv):
+    """Return the arguments without a search space, for self-tuning."""
+    return [flag for flag in argv if not flag.startswith("--tuning_search_space")] + ["--tuning_ruleset=self"]
+
+
+def test_a_submission_may_tune_itself(tmp_path, algoperfs):
+    """There is one trial, without hyperparameters, and half as much time again."""
+    argv = arguments(tmp_path, algoperfs, "--max_global_steps=2", workload="mnist_vit")
+    assert "0 of 1 trials reached the target" in call("runner.__main__", *without_space(*argv))
+    trial = tmp_path / "e" / "mnist_vit_pytorch" / "trial_1"
+    assert json.loads((trial / "hparams.json").read_text()) == {}
+    assert json.loads((trial / "meta_data_0.json").read_text())["workload.max_allowed_runtime_sec"] == 90
+    assert "omit --tuning_search_space" in error_of("runner.__main__", *argv, "--tuning_ruleset=self")
+    error = error_of("runner.__main__", *without_space(*argv), "--tuning_ruleset=external")
+    assert "--tuning_search_space is missing; give a JSON file, or --tuning_ruleset=self" in error
+
+
+def test_a_batch_size_is_the_submissions_or_the_workloads(tmp_path, algoperfs):
+    """A submission that has none raises ValueError, or KeyError from a dictionary."""
+    argv = without_space(*arguments(tmp_path, algoperfs, "--max_global_steps=1"))
+    assert "get_batch_size does not know pydoc_lm; using the workload's batch size, 16" in call("runner.__main__", *argv)
+    error = error_of("runner.__main__", *argv, "--workload=fsdd_lstm")
+    assert "get_batch_size('fsdd_lstm') returned None; it must return an integer >= 1, or raise ValueError" in error
+
+
+def test_a_hyperparameter_that_the_point_lacks_is_named(tmp_path, algoperfs):
+    error = error_of("runner.__main__", *arguments(tmp_path, algoperfs))
+    assert error == "error: tuning_search_space.json, point 1 lacks the hyperparameter rate, which the submission needs; add it"
+
+
+FAILING = """
+from submission import *
+import submission
+
+def update_params(**arguments):
+    if arguments["hyperparameters"].grafting == "sgd":
+        raise ArithmeticError("diverged\\nat step 0")
+    return submission.update_params(**arguments)
+"""
+
+
 def test_trials_continue_after_one_that_fails(tmp_path):
-    (tmp_path / "failing.py").write_text(
-        "from submission import *\n"
-        "import submission\n"
-        "def update_params(**arguments):\n"
-        "    if arguments['hyperparameters'].grafting == 'sgd':\n"
-        "        raise ArithmeticError('diverged')\n"
-        "    return submission.update_params(**arguments)\n"
-    )
-    submission = f"--submission_path={tmp_path / 'failing.py'}"
-    flags = [submission, "--num_tuning_trials=4", "--hparam_start_index=2", "--max_global_steps=1"]
-    output = start("runner", *arguments(tmp_path, *flags)).stdout
-    assert "trial 3 failed: ArithmeticError('diverged')" in output
-    assert "diverged" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
+    """The terminal shows its error in one line, and the exit status is 1."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = [f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=4", "--max_global_steps=1"]
+    with pytest.raises(SystemExit, match="error: 1 of 2 trials failed") as stopped:
+        call("runner.__main__", *arguments(tmp_path, *flags, "--hparam_start_index=2"))
+    (output,) = stopped.value.__notes__
+    assert "trial 3 failed: ArithmeticError: diverged at step 0; see " in output
+    assert "ArithmeticError: diverged\nat step 0" in (tmp_path / "e/pydoc_lm_pytorch/trial_3/error.txt").read_text()
     assert "trial 4" in output
     assert "; 1 failed" in output
+
+
+def test_a_run_in_which_all_trials_fail_says_so(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = [f"--submission_path={tmp_path / 'failing.py'}", "--num_tuning_trials=3", "--hparam_start_index=2"]
+    assert error_of("runner.__main__", *arguments(tmp_path, *flags)) == "error: 1 of 1 trials failed"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +206,8 @@ def test_trials_continue_after_one_that_fails(tmp_path):
     [
         (
             ["--workload=mnist_resnt"],
-            f"unknown workload 'mnist_resnt'; it must be one of {', '.join(WORKLOADS)}; did you mean mnist_resnet?",
+            f"unknown workload 'mnist_resnt'; it must be one of {', '.join(WORKLOADS)}, or path/to/file.py:Class; "
+            "did you mean mnist_resnet?",
         ),
         (["--submission_path=nothing.py"], "the submission path is 'nothing.py'; it must be a Python file that exists"),
         (["--submission_path=runner/data.py"], "lacks get_batch_size, init_optimizer_state, update_params, data_selection"),

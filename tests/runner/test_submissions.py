@@ -8,9 +8,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 from commands import ROOT, arguments, call
 
+from runner import spec as runner_spec
 from runner.submissions import NEEDED, load_submission
+from runner.workloads.base import DEVICE
 
 API = "".join(f"def {name}(*_, **__): pass\n" for name in NEEDED)
 
@@ -75,6 +78,16 @@ def test_it_may_be_part_of_a_package(tmp_path, monkeypatch, below):
             (parent / "__init__.py").touch()
     module = load_submission(path)
     assert module.value is module.same
+
+
+@pytest.mark.skipif(sys.modules["algoperf.spec"] is not runner_spec, reason="AlgoPerf's package is installed")
+@pytest.mark.parametrize("package", ["algoperf", "algorithmic_efficiency"])
+def test_algoperfs_imports_work_by_either_name_of_the_package(tmp_path, package):
+    imports = [f"from {package} import spec", f"import {package}.pytorch_utils as utils"]
+    module = load_submission(write(tmp_path / "submission.py", *imports))
+    assert module.spec is runner_spec
+    parallel, rank, device, gpus = module.utils.pytorch_setup()
+    assert (parallel, rank, device.type, gpus) == (False, 0, DEVICE.type, torch.cuda.device_count())
 
 
 @pytest.mark.parametrize("name", ["nothing.py", "folder", "text.txt"])
