@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 
 def experiment_folder(experiment_dir: str, name: str, workload: str, resume: bool, overwrite: bool) -> Path:
@@ -66,13 +67,35 @@ def cpu_name() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-class MetricLogger:
-    """Log metrics to measurements.csv and TensorBoard, and those of evaluations to eval_measurements.csv too."""
+CLOCK = ("accumulated_", "global_step", "preemption_count", "score", "total_duration")  # how metrics of time and progress begin
 
-    def __init__(self, folder: Path, first_step: int):
+
+def tensorboard_tag(name: str, target: str) -> str:
+    """Return the tag of a metric. TensorBoard groups tags by what precedes the slash, sorts the groups (capitals come first),
+    and opens the first two: Target and Training.
+    """
+    if name == target:
+        return f"Target/{name.replace('/', ' ')}"
+    return name if "/" in name else f"{'clock' if name.startswith(CLOCK) else 'Training'}/{name}"
+
+
+class MetricLogger:
+    """Log metrics to measurements.csv and TensorBoard, and those of evaluations to eval_measurements.csv too.
+
+    TensorBoard also gets the best value so far of the metric `target`, and for its HPARAMS tab the hyperparameters and that
+    value. It names runs by their folders, so the event file is in one that is named after the learning rate.
+    """
+
+    def __init__(self, folder: Path, first_step: int, target: str, higher_is_better: bool, hyperparameters: Mapping[str, Any]):
         self.last: dict[str, float] = {}  # latest value of every metric, for the progress line
-        self._folder = folder
-        self._events = SummaryWriter(str(folder), purge_step=first_step)
+        self._folder, self._target, self._best = folder, target, "max" if higher_is_better else "min"
+        run = f"lr {hyperparameters['learning_rate']:.3g}" if "learning_rate" in hyperparameters else ""
+        self._events = SummaryWriter(str(folder / run), purge_step=first_step)
+        self._best_tag = f"{tensorboard_tag(target, target)} (best so far)"
+        shown = {name: x if isinstance(x, (int, float)) else str(x) for name, x in hyperparameters.items()}
+        *begin, self._end = hparams(shown, {self._best_tag: 0.0})
+        for summary in begin:
+            self._events._get_file_writer().add_summary(summary)
 
     def append_scalar_metrics(
         self, metrics: dict[str, float], global_step: int, preemption_count: int | None = None, is_eval: bool = False
@@ -82,24 +105,28 @@ class MetricLogger:
         if preemption_count is not None:
             row["preemption_count"] = preemption_count
         for name in ("measurements.csv", "eval_measurements.csv")[: 1 + is_eval]:
-            append_row(self._folder / name, row)
+            table = append_row(self._folder / name, row)
         for name, value in row.items():
-            self._events.add_scalar(name, value, global_step)
+            self._events.add_scalar(tensorboard_tag(name, self._target), value, global_step)
+        if is_eval:
+            self._events.add_scalar(self._best_tag, table[self._target].agg(self._best), global_step)
         self._events.flush()
         self.last.update(row)
 
     def finish(self) -> None:
-        """Close the event file."""
+        """Mark the run as ended, and close the event file."""
+        self._events._get_file_writer().add_summary(self._end)
         self._events.close()
 
 
-def append_row(path: Path, row: Mapping[str, float]) -> None:
-    """Append a row to a CSV file atomically, adding columns if needed."""
+def append_row(path: Path, row: Mapping[str, float]) -> pd.DataFrame:
+    """Append a row to a CSV file atomically, adding columns if needed, and return all rows."""
     new = pd.DataFrame([row], columns=sorted(row))
     table = pd.concat([pd.read_csv(path), new]) if path.exists() else new
     partial = path.with_suffix(".partial")
     table.to_csv(partial, index=False)
     partial.replace(path)
+    return table
 
 
 def drop_rows_after(path: Path, global_step: int) -> None:

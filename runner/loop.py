@@ -137,7 +137,8 @@ def run_trial(
     if has_ended(trial.train_state):
         return
     if distributed.rank() == 0:
-        trial.logger = MetricLogger(folder, trial.global_step)
+        target, higher_is_better = f"validation/{workload.target_metric_name}", workload.higher_is_better
+        trial.logger = MetricLogger(folder, trial.global_step, target, higher_is_better, hyperparameters._asdict())
         write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
         write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
         workload.attach_metrics_logger(trial.logger)

@@ -1,4 +1,4 @@
-"""The baseline submissions: AlgoPerf's functions, five points that differ only in the learning rate, and training."""
+"""The baseline submissions: AlgoPerf's functions, five points of learning rate and horizon, and training."""
 
 import runner  # noqa: F401  makes algoperf.spec importable
 
@@ -18,6 +18,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn
 
 from runner.workloads import load_workload
+from shampoo.schedule import trapezoid, warmup_cosine
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "runner" / "baselines").glob("*/submission.py"))
@@ -65,12 +66,12 @@ def weights(workload):
     return [p.detach() for p in workload.model.parameters()]
 
 
-def assert_ladder(points):
-    """Check that five points differ only in the learning rate, by factors of two, and that the middle one comes first."""
-    rates = sorted(point["learning_rate"] for point in points)
-    assert rates == pytest.approx([rates[0] * 2**i for i in range(5)])
-    assert points[0]["learning_rate"] == rates[2]
-    assert len({json.dumps({**point, "learning_rate": 0}) for point in points}) == 1
+def assert_design(points):
+    """Check that five points differ only in learning rate and horizon, in the same way in all spaces."""
+    lr = points[0]["learning_rate"]
+    assert [point["learning_rate"] / lr for point in points] == pytest.approx([1, 0.5, 1, 2, 2])
+    assert [point["step_hint_factor"] for point in points] == [1.0, 0.6, 0.6, 0.6, 1.0]
+    assert len({json.dumps({**point, "learning_rate": 0, "step_hint_factor": 0}) for point in points}) == 1
 
 
 @pytest.fixture(params=[pytest.param(x.name, marks=needs_muon if x.name == "muon" else ()) for x in FOLDERS])
@@ -78,18 +79,41 @@ def baseline(request):
     return load(request.param)
 
 
-def test_the_points_are_a_ladder_of_learning_rates(baseline):
-    _, points = baseline
-    assert_ladder(points)
+@pytest.mark.parametrize("name", [path.name for path in FOLDERS if path.name != "schedule_free_adamw"])
+def test_five_points_of_learning_rate_and_horizon(name):
+    assert_design(load(name)[1])
 
 
-def test_our_ladder_differs_from_the_competitions_first_point_as_documented():
+def test_schedule_free_has_five_learning_rates():
+    points = load("schedule_free_adamw")[1]
+    assert [point["learning_rate"] for point in points] == pytest.approx([0.01, 0.005, 0.02, 0.0025, 0.04])
+    assert len({json.dumps({**point, "learning_rate": 0}) for point in points}) == 1
+
+
+def test_our_points_differ_from_the_competitions_first_as_documented():
     points = [json.loads((ROOT / folder / "tuning_search_space.json").read_text()) for folder in ("runner", ".")]
-    assert_ladder(points[0])
+    assert_design(points[0])
     ours, theirs = (points[i][0] for i in (0, 1))
     differing = {key for key in theirs if ours[key] != theirs[key]}
     assert differing == {"learning_rate", "precondition_frequency", "block_size", "dropout_rate", "schedule_tail"}
-    assert min(point["learning_rate"] for point in points[0]) == pytest.approx(theirs["learning_rate"], rel=1e-2)
+    assert ours["learning_rate"] == pytest.approx(4 * theirs["learning_rate"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("adamw", warmup_cosine), ("nadamw_averaged", trapezoid)])
+def test_the_schedule_ends_at_the_points_horizon(name, shape):
+    module, points = load(name)
+    point, workload = as_point(points[1]), FakeWorkload()
+    scheduler = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])["scheduler"]
+    plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=point.learning_rate)
+    horizon = 0.6 * workload.step_hint
+    expected = shape(plain, horizon, int(0.05 * horizon))
+    for step in range(workload.step_hint):
+        assert scheduler.get_last_lr()[0] == expected.get_last_lr()[0]
+        assert (scheduler.get_last_lr()[0] == 0) == (step >= horizon)
+        scheduler.optimizer.step()
+        scheduler.step()
+        plain.step()
+        expected.step()
 
 
 def test_it_trains_and_resumes(baseline, tmp_path):
@@ -119,6 +143,27 @@ def test_it_trains_and_resumes(baseline, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(weights(workload), weights(other)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_vit", "solubility_gnn"])
+def test_it_learns(baseline, name):
+    module, points = baseline
+    workload = load_workload(name)
+    workload.step_hint = 40
+    point = as_point(points[0])
+    workload.model, _ = workload.init_model_fn([1, 0])
+    state = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])
+    batches = workload._build_input_queue([1], "train", "", workload.default_batch_size)
+    metric = "loss" if name == "mnist_vit" else workload.target_metric_name
+    losses = []
+    for t in range(41):
+        kwargs = arguments(workload, point, state, t)
+        if t % 40 == 0:
+            module.prepare_for_eval(**kwargs)
+            losses.append(workload.eval_model(1024, workload.model, None, [0, 0], "", None, t)[f"train/{metric}"])
+        module.update_params(**kwargs, batch=next(batches))
+    assert losses[1] < 0.98 * losses[0]
+
+
 def test_schedule_free_evaluates_the_average_without_affecting_training():
     """Compare with the package's loop without evaluations. At a constant learning rate the average is the mean of all z."""
     module, points = load("schedule_free_adamw")
@@ -146,6 +191,32 @@ def test_schedule_free_evaluates_the_average_without_affecting_training():
     assert not torch.allclose(means[0], weights(plain)[0])
 
 
+def test_averages_are_evaluated_without_affecting_training():
+    """Compare with a loop of torch's NAdam, and the recursion by hand in float64."""
+    module, points = load("nadamw_averaged")
+    point = as_point(points[0])
+    workload, plain = FakeWorkload(), FakeWorkload()
+    state = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])
+    other = load("nadamw")[0].make_optimizer(plain.model, point)
+    scheduler = trapezoid(other, plain.step_hint, 2)
+    averages = [w.double() for w in weights(plain)]
+    for t in range(12):
+        module.update_params(**arguments(workload, point, state, t), batch=workload.batch(t))
+        batch = plain.batch(t)
+        losses = plain.loss_fn(batch["targets"], plain.model(batch["inputs"]), batch["weights"])
+        other.zero_grad()
+        (losses["summed"] / losses["n_valid_examples"]).backward()
+        other.step()
+        scheduler.step()
+        assert all(map(torch.equal, weights(workload), weights(plain)))
+        share = 1 - (1 - 1 / (t + 1)) ** 7.94
+        averages = [e + share * (w - e) for e, w in zip(averages, weights(plain))]
+        if t % 3 == 2:
+            module.prepare_for_eval(**arguments(workload, point, state, t))
+            torch.testing.assert_close(weights(workload), [e.float() for e in averages], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(weights(workload)[0], weights(plain)[0], rtol=1e-3)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_muon_gets_the_hidden_matrices(wrapped):
     module, _ = load("muon")
@@ -157,6 +228,57 @@ def test_muon_gets_the_hidden_matrices(wrapped):
     assert {names[p] for p in hidden} == expected
     assert {names[p] for p in others} == set(names.values()) - expected
     assert {"patches.weight", "positions.weight", "norm.weight", "output.weight"} <= {names[p] for p in others}
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 2, 2), (4, 30), (20, 1, 5)])
+def test_muon_takes_convolutions_as_matrices(shape):
+    """Compare two steps with the formulas in float64; the package's iteration is in bfloat16."""
+    module, points = load("muon_conv")
+    point = as_point(points[0], warmup_factor=0.0)
+    workload = TypedWorkload()
+    torch.manual_seed(1)
+    workload.model = nn.ParameterDict({"weight": torch.randn(shape)})
+    optimizer = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])["optimizer"]
+    W = weights(workload)[0].double().flatten(1)
+    B = torch.zeros_like(W)
+    for _ in range(2):
+        G = torch.randn(shape)
+        workload.model["weight"].grad = G.clone()
+        before = weights(workload)[0].clone()
+        optimizer.step()
+        B = 0.95 * B + 0.05 * G.double().flatten(1)
+        X = 0.05 * G.double().flatten(1) + 0.95 * B
+        X = X / X.norm()
+        for _ in range(5):
+            A = X @ X.mT
+            X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+        change = -0.004 * (0.2 * max(W.shape) ** 0.5 * X + 0.1 * before.double().flatten(1))
+        error = (weights(workload)[0] - before).double().flatten(1) - change
+        assert error.norm() < 0.04 * change.norm()
+
+
+def test_the_lookahead_of_soap_uses_the_gradient_of_the_step():
+    """Compare with Adam's formulas in the eigenbases of the first gradient, which initializes them and takes no step."""
+    module, points = load("soap_lookahead")
+    point = as_point(points[0], warmup_factor=0.0, precondition_frequency=1000, weight_decay=0.0, learning_rate=0.01)
+    workload = TypedWorkload()
+    workload.step_hint = 10**9  # a constant rate
+    workload.model = nn.ParameterDict({"weight": torch.randn(4, 4)})
+    optimizer = module.init_optimizer_state(workload, workload.model, None, point, [0, 0])["optimizer"]
+    gradients = torch.randn(5, 4, 4)
+    before = weights(workload)[0].clone()
+    for G in gradients:
+        workload.model["weight"].grad = G.clone()
+        optimizer.step()
+    first = gradients[0].double()
+    L, R = (torch.linalg.eigh(x).eigenvectors for x in (first @ first.mT, first.mT @ first))
+    M, V, W = torch.zeros(3, 4, 4, dtype=torch.float64)
+    for t, G in enumerate(gradients[1:].double(), start=1):
+        G = L.mT @ G @ R
+        M, V = 0.95 * M + 0.05 * G, 0.95 * V + 0.05 * G**2
+        N = 0.05 * G / (1 - 0.95**t) + 0.95 * M / (1 - 0.95 ** (t + 1))
+        W = W - 0.01 * L @ (N / (V / (1 - 0.95**t)).sqrt()) @ R.mT
+    torch.testing.assert_close((weights(workload)[0] - before).double(), W, rtol=1e-3, atol=1e-5)
 
 
 @needs_muon

@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from runner.logs import MetricLogger, append_row, drop_rows_after, experiment_folder, latest_checkpoint, save_checkpoint
 
@@ -24,15 +26,57 @@ def test_rows_are_appended_with_new_columns_last(tmp_path):
     assert path.read_text() == "a,b,c\n2.0,1.0,\n4.0,,3.0\n"
 
 
-def test_metrics_reach_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.fixture
+def events(tmp_path):
+    """Return the events of a run that was resumed at step 50, after its first evaluations."""
+    point = {"learning_rate": 0.00701, "exponents": [1, 2]}
+    for first_step, accuracies in ((0, {1: 0.1, 50: 0.7}), (50, {60: 0.8, 70: 0.6})):
+        logger = MetricLogger(tmp_path, first_step, "validation/accuracy", True, point)
+        logger.append_scalar_metrics({"loss": 2.0}, first_step)
+        for step, accuracy in accuracies.items():
+            metrics = {"validation/accuracy": accuracy, "test/accuracy": 0.5, "accumulated_eval_time": 3.0}
+            logger.append_scalar_metrics(metrics, step, 0, is_eval=True)
+        logger.finish()
+    return EventAccumulator(str(tmp_path / "lr 0.00701")).Reload()
 
-    logger = MetricLogger(tmp_path, first_step=0)
-    logger.append_scalar_metrics({"loss": 2.0}, 0)
-    logger.append_scalar_metrics({"loss": 1.5}, 50)
+
+def scalars(events, tag):
+    return [(x.step, pytest.approx(x.value)) for x in events.Scalars(tag)]
+
+
+def test_metrics_reach_tensorboard(events):
+    assert scalars(events, "Training/loss") == [(0, 2.0), (50, 2.0)]
+    assert scalars(events, "Target/validation accuracy") == [(1, 0.1), (60, 0.8), (70, 0.6)]
+
+
+def test_tensorboard_opens_on_the_target(events):
+    """It sorts tags by character codes, in which slashes and digits precede letters; none of these tags begins with a digit."""
+    tags = sorted(events.Tags()["scalars"])
+    assert tags[:2] == ["Target/validation accuracy", "Target/validation accuracy (best so far)"]
+    assert list(dict.fromkeys(tag.split("/")[0] for tag in tags)) == ["Target", "Training", "clock", "test"]
+
+
+def test_the_hparams_tab_has_the_hyperparameters_and_the_best_result(events):
+    best = "Target/validation accuracy (best so far)"
+    assert scalars(events, best)[-2:] == [(60, 0.8), (70, 0.8)]
+    data = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(content)
+        for tag, content in events.PluginTagToContent("hparams").items()
+    }
+    assert [x.name.tag for x in data["_hparams_/experiment"].experiment.metric_infos] == [best]
+    values = data["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["learning_rate"].number_value == 0.00701
+    assert values["exponents"].string_value == "[1, 2]"
+    assert data["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
+
+
+def test_a_run_without_a_learning_rate_and_a_lower_best(tmp_path):
+    logger = MetricLogger(tmp_path, 0, "validation/loss", False, {"x": 1})
+    for step, loss in ((1, 0.5), (2, 0.25), (3, 0.75)):
+        logger.append_scalar_metrics({"validation/loss": loss}, step, 0, is_eval=True)
     logger.finish()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 2.0), (50, 1.5)]
+    assert scalars(events, "Target/validation loss (best so far)") == [(1, 0.5), (2, 0.25), (3, 0.25)]
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/tmp/x", ".", ""])

@@ -4,6 +4,7 @@ import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
+import collections
 import inspect
 from types import SimpleNamespace
 
@@ -104,7 +105,8 @@ def timed_trial(monkeypatch, tmp_path):
         nonlocal complete_at
         complete_at, workload.max_allowed_runtime_sec = complete, budget
         settings = loop.Settings(16, None, every, True, False, False, {})
-        loop.run_trial(workload, submission, None, 0, tmp_path, settings, lambda *_: None)
+        point = collections.namedtuple("Hyperparameters", [])()
+        loop.run_trial(workload, submission, point, 0, tmp_path, settings, lambda *_: None)
         return calls, pd.read_csv(tmp_path / "eval_measurements.csv"), torch.load(next(tmp_path.glob("checkpoint_*")))
 
     return go

@@ -39,7 +39,8 @@ def test_first_line_says_where_spec_comes_from(finished):
 def test_the_files_are_algoperfs(finished):
     _, folder = finished
     for trial in ("trial_1", "trial_2"):
-        names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (folder / trial).iterdir()}
+        files = [path for path in (folder / trial).rglob("*") if path.is_file()]
+        names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in files}
         assert names == {
             "hparams.json", "meta_data_0.json", "flags_0.json", "measurements.csv", "eval_measurements.csv", "checkpoint_3",
             "events.out.tfevents",
@@ -103,10 +104,14 @@ def test_a_finished_trial_is_left_unchanged(finished, tmp_path):
     """Resuming it adds nothing; a different seed is refused."""
     copy = tmp_path / "e" / "pydoc_lm_pytorch"
     shutil.copytree(finished[1], copy)
-    before = {path.name: path.read_bytes() for path in (copy / "trial_1").iterdir()}
+
+    def contents():
+        return {path.name: path.read_bytes() for path in (copy / "trial_1").rglob("*") if path.is_file()}
+
+    before = contents()
     argv = arguments(tmp_path, "--resume_last_run", "--num_tuning_trials=2", "--max_global_steps=9")
     assert "0 of 2 trials reached" in call("runner.__main__", *argv)
-    assert {path.name: path.read_bytes() for path in (copy / "trial_1").iterdir()} == before
+    assert contents() == before
     assert "was begun with --rng_seed=7, not 8" in error_of("runner.__main__", *argv, "--rng_seed=8")
 
 

@@ -136,9 +136,12 @@ def test_an_interrupted_trial_resumes(tmp_path):
 
 def test_the_default_is_ours_and_all_baselines_with_five_points_each(tmp_path):
     entries = [parse_entry(text) for text in (OURS, *BASELINES)]
-    assert [entry.name for entry in entries] == ["shampoo", "adamw", "muon", "nadamw", "schedule_free_adamw", "soap"]
+    assert [entry.name for entry in entries] == [
+        "shampoo", "adamw", "kl_soap", "muon", "muon_conv", "nadamw", "nadamw_averaged", "psgd_kron", "schedule_free_adamw",
+        "soap", "soap_averaged", "soap_lookahead",
+    ]  # fmt: skip
     runs = plan(entries, ["mnist_vit", "pydoc_lm"], 3, 5, 0, tmp_path)
-    assert len({run.folder(tmp_path) for run in runs}) == len(runs) == 6 * 2 * 3 * 5
+    assert len({run.folder(tmp_path) for run in runs}) == len(runs) == 12 * 2 * 3 * 5
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
+import numpy
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from shampoo.schedule import warmup_cosine
+from shampoo.schedule import trapezoid, warmup_cosine
 
 
 def learning_rates(make, steps):
@@ -43,3 +44,13 @@ def test_without_warmup_it_starts_at_the_peak():
 def test_an_unknown_tail_is_refused():
     with pytest.raises(ValueError, match="tail is 'flat'; it must be one of zero, rise"):
         warmup_cosine(torch.optim.SGD([torch.zeros(1)]), 10, 1, "flat")
+
+
+@pytest.mark.parametrize(("num_steps", "warmup"), [(100, 10), (61.5, 3), (40, 0)])
+def test_a_trapezoid_is_constant_for_a_third_and_linear_for_two(num_steps, warmup):
+    rates = learning_rates(lambda optimizer: trapezoid(optimizer, num_steps, warmup), 120)
+    knots = torch.tensor([0.0, warmup, warmup + (num_steps - warmup) / 3, num_steps, 121], dtype=torch.float64)
+    steps = torch.arange(120, dtype=torch.float64)
+    values = [0.0 if warmup else 0.5, 0.5, 0.5, 0.0, 0.0]
+    expected = numpy.interp(steps, knots, values) if warmup else numpy.interp(steps, knots[1:], values[1:])
+    torch.testing.assert_close(rates, torch.tensor(expected), rtol=0, atol=1e-9)

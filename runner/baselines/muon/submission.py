@@ -2,8 +2,8 @@
 
 They scale Muon's step to the RMS of AdamW's, so that both share learning rate and weight decay; hyperparameters are from their
 code. AdamW trains the embeddings, the output layer, and every parameter that is not a matrix, convolutions included, because
-torch's Muon accepts only matrices. Muon also trains the first layer if it is linear, because AlgoPerf does not say which layer
-is first. Matrices stacked in one parameter (qkv, LSTM gates) count as one matrix.
+torch's Muon accepts only matrices (see `muon_conv`). Muon also trains the first layer if it is linear, because AlgoPerf does
+not say which layer is first. Matrices stacked in one parameter (qkv, LSTM gates) count as one matrix.
 """
 
 from typing import Any
@@ -32,13 +32,13 @@ def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyp
     return {**with_schedule(adamw, workload, h), "muon": state["optimizer"], "muon_scheduler": state["scheduler"]}
 
 
-def split(workload: Any, model_params: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the hidden matrices, which Muon trains, and all other parameters."""
+def split(workload: Any, model_params: Any, max_ndim: float = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the hidden weights of 2 to `max_ndim` dimensions, which Muon trains, and all other parameters."""
     hidden: list[Tensor] = []
     others: list[Tensor] = []
     # Matched by order, because DistributedDataParallel and torch.compile add prefixes to the names.
     for p, (name, kind) in zip(model_params.parameters(), workload.model_params_types.items(), strict=True):
-        is_hidden = p.ndim == 2 and kind != spec.ParameterType.EMBEDDING and not workload.is_output_params(name)
+        is_hidden = 2 <= p.ndim <= max_ndim and kind != spec.ParameterType.EMBEDDING and not workload.is_output_params(name)
         (hidden if is_hidden else others).append(p)
     return hidden, others
 

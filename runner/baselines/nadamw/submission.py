@@ -9,9 +9,13 @@ from runner.baselines import data_selection, get_batch_size, prepare_for_eval, u
 __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
 
 
-def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """Return the optimizer and its learning rate schedule."""
+def make_optimizer(model: Any, hyperparameters: Any) -> torch.optim.Optimizer:
+    """Return the optimizer."""
     h = hyperparameters
     options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
-    optimizer = torch.optim.NAdam(model_params.parameters(), **options, decoupled_weight_decay=True)
-    return with_schedule(optimizer, workload, hyperparameters)
+    return torch.optim.NAdam(model.parameters(), **options, decoupled_weight_decay=True)
+
+
+def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
+    """Return the optimizer and its learning rate schedule."""
+    return with_schedule(make_optimizer(model_params, hyperparameters), workload, hyperparameters)

@@ -12,9 +12,13 @@ from runner.baselines import data_selection, get_batch_size, prepare_for_eval, u
 __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
 
 
-def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
-    """Return the optimizer and its learning rate schedule."""
+def make_optimizer(model: Any, hyperparameters: Any) -> SOAP:
+    """Return the optimizer."""
     h = hyperparameters
     options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
-    optimizer = SOAP(model_params.parameters(), **options, precondition_frequency=h.precondition_frequency)
-    return with_schedule(optimizer, workload, hyperparameters)
+    return SOAP(model.parameters(), **options, precondition_frequency=h.precondition_frequency)
+
+
+def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
+    """Return the optimizer and its learning rate schedule."""
+    return with_schedule(make_optimizer(model_params, hyperparameters), workload, hyperparameters)

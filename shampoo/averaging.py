@@ -1,0 +1,67 @@
+"""Averages of the weights, for evaluation (Karras et al. 2023, arXiv 2312.02696)."""
+
+import math
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+GAMMA = 6.94  # the window's standard deviation is 0.10 of the steps so far: sqrt((g + 1) / ((g + 2)^2 (g + 3)))
+
+
+def newest_weight(step: int) -> float:
+    """Return the weight of the newest iterate in the average after `step` of them, 1 - (1 - 1/step)^(GAMMA + 1)."""
+    return 1 - math.pow(1 - 1 / step, GAMMA + 1)
+
+
+class AveragedWeights:
+    """An average E of a model's weights W, which takes their place during evaluation.
+
+    E is a power-law average: after t updates, iterate s has a weight proportional to s^GAMMA, up to discretization. Its window
+    grows with t, so that it needs no horizon. Floating-point buffers, such as the statistics of batch norm, are averaged too.
+
+    Call `update()` after each step of the optimizer, `eval()` before an evaluation, and `train()` before the next step, which
+    then continues from W as if there had been no evaluation. E and W trade places in the model's own tensors, so one more copy
+    of the weights is enough, and wrappers such as DistributedDataParallel and torch.compile do not matter. A checkpoint of the
+    model and of `state_dict()` holds both, whichever the model holds.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()]
+        self._other = [x.detach().clone() for x in self._model]  # E, but W between eval() and train()
+        self._step, self._training = 0, True
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Set E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in the t-th call, t = 1, 2, ..."""
+        if not self._training:
+            raise RuntimeError("the model holds the averages; call train() before the optimizer's step")
+        self._step += 1
+        torch._foreach_lerp_(self._other, self._model, newest_weight(self._step))
+
+    def eval(self) -> None:
+        """Put E into the model, if it is not there yet."""
+        self._place(training=False)
+
+    def train(self) -> None:
+        """Put W back into the model, if it is not there yet."""
+        self._place(training=True)
+
+    @torch.no_grad()
+    def _place(self, training: bool) -> None:
+        if training != self._training:
+            kept = [x.clone() for x in self._model]
+            torch._foreach_copy_(self._model, self._other)
+            torch._foreach_copy_(self._other, kept)
+            self._training = training
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors that are not in the model, in the order of its parameters and buffers, and which ones they are."""
+        return {"tensors": list(self._other), "step": self._step, "training": self._training}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that was saved together with the model's own; load that too."""
+        torch._foreach_copy_(self._other, state_dict["tensors"])
+        self._step, self._training = state_dict["step"], state_dict["training"]
