@@ -14,6 +14,7 @@ from . import checkpoint, options
 from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import ALONE, Exchange, agree, attempt, check_exchanges, find_ranks, make_exchanges
+from .rules import check_value, one_of
 from .shown import Entry, Shown
 from .state import Bucket, make_buckets
 
@@ -50,8 +51,8 @@ class BucketedOptimizer(Optimizer):
         self._initialized = True
 
     def _initialize(self, params: Any, defaults: dict[str, Any]) -> None:
-        options.check_value("exchange_dtype", self._exchange_dtype, options.EXCHANGE_DTYPE)
-        options.check_value("max_skipped_steps", self._health.limit, options.MAX_SKIPPED_STEPS)
+        check_value("exchange_dtype", self._exchange_dtype, options.EXCHANGE_DTYPE)
+        check_value("max_skipped_steps", self._health.limit, options.MAX_SKIPPED_STEPS)
         super().__init__(params, defaults)
         self._update_buckets()
 
@@ -189,7 +190,7 @@ class BucketedOptimizer(Optimizer):
         another rank fails, or as `step` does if ranks differed at the last step.
         """
         check_exchanges(self._exchanges)
-        _, error = attempt(options.check_value, "to", to, options.one_of(None, *range(self._ranks.size)))
+        _, error = attempt(check_value, "to", to, one_of(None, *range(self._ranks.size)))
         agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
         self._update_buckets()
         if self._ranks.size > 1:

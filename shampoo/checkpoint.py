@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .copies import assemble, copy, flat_views, grid_views
-from .group import Group
-from .options import OPTIONS, check_group, check_value, one_of, parameter_names, plain
+from .group import OPTIONS, Group
+from .options import check_group, parameter_names, plain
 from .ranks import Ranks
+from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2

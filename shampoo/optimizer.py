@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
-from . import options
 from .bucketed import BucketedOptimizer
 from .copies import Inputs, flat_views, move, read
+from .group import OPTIONS
+from .options import plain
 from .ranks import attempt, exchange_all
 from .roots import QR_TOLERANCE
 from .step import compute_directions
@@ -116,7 +117,7 @@ class AdamWShampoo(BucketedOptimizer):
         max_skipped_steps: int = 100,
         process_group: Any = None,
     ):
-        defaults = {name: options.plain(value) for name, value in locals().items() if name in options.OPTIONS}
+        defaults = {name: plain(value) for name, value in locals().items() if name in OPTIONS}
         super().__init__(params, defaults, exchange_dtype, max_skipped_steps, process_group)
 
     @property
