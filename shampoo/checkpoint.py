@@ -43,46 +43,42 @@ def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
                 yield grid.param, f"{name}.{grid.number}.{d}", rows, X[grid.row : grid.row + grid.size]
 
 
-def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Bucket]:
+def zero_shards(bucket: Bucket, device: str, ranks: Ranks) -> list[Bucket]:
     """Return each rank's counterpart of this bucket, all zeros, on `device`."""
-    return [replace(bucket, device=device, rank=r) for r in range(ranks.size)]
+    return [replace(bucket, device=torch.device(device), rank=r) for r in range(ranks.size)]
 
 
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
-    """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective.
+    """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective, except on one rank.
 
-    Return found[bucket][rank] there, and [] on other ranks.
+    Return found[bucket][rank] there, and [] on other ranks. With one rank, these are the buckets themselves.
     """
+    if ranks.size == 1:
+        return [[bucket] for bucket in buckets]
     receives = to in (None, ranks.rank)
-    collected = []
-    for own in buckets:
-        shards = zero_shards(own, torch.device("cpu" if receives else "meta"), ranks)
+    collected = [zero_shards(bucket, "cpu" if receives else "meta", ranks) for bucket in buckets]
+    for own, shards in zip(buckets, collected, strict=True):
         for owner, shard in enumerate(shards):
             shard.steps = list(own.steps)
-            sources = tensors(own) if owner == ranks.rank else [None] * len(tensors(shard))
-            for source, X in zip(sources, tensors(shard), strict=True):
-                transfer(source, X, owner, own.device, ranks, to)
-        collected.append(shards)
+            for source, X in zip(tensors(own if owner == ranks.rank else shard), tensors(shard), strict=True):
+                X.copy_(transfer(source, owner, own.device, ranks, to))
     return collected if receives else []
 
 
-def transfer(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
-    """Copy `source` on rank `owner` to X on rank `to`, or on all ranks if None; other ranks pass None as `source`.
+def transfer(X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> Tensor:
+    """Return X of rank `owner` on rank `to`, or on all ranks if None; on other ranks, X gives the shape and dtype alone.
 
-    The tensor is sent between ranks on `device`, which the process group's backend must support; X may be on another device.
+    The tensor is sent between ranks on `device`, which the process group's backend must support.
     """
+    buffer = X if owner == ranks.rank else torch.empty_like(X, device=device)
+    root = dist.get_global_rank(ranks.group, owner)
     if to is None:
-        buffer = torch.empty_like(X, device=device) if source is None else source
-        dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        X.copy_(buffer)
-    elif owner == to == ranks.rank:
-        X.copy_(source)
-    elif owner == ranks.rank:
-        dist.send(source, dist.get_global_rank(ranks.group, to), ranks.group)
-    elif to == ranks.rank:
-        buffer = torch.empty_like(X, device=device)
-        dist.recv(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        X.copy_(buffer)
+        dist.broadcast(buffer, root, ranks.group)
+    elif owner == ranks.rank != to:
+        dist.send(buffer, dist.get_global_rank(ranks.group, to), ranks.group)
+    elif owner != ranks.rank == to:
+        dist.recv(buffer, root, ranks.group)
+    return buffer
 
 
 def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]:
@@ -124,36 +120,35 @@ def pack_state_dict(
     }
 
 
-def is_zero(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether a state_dict has no element that is not zero in its state."""
-    entries = (entry for entry in state_dict["state"].values() if isinstance(entry, dict))
-    return not any(bool(X.any()) for entry in entries for X in entry.values() if isinstance(X, Tensor))
+def is_zero(entries: Mapping[Any, Any]) -> bool:
+    """Return whether no tensor in the entries of a state has an element that is not zero."""
+    values = chain(*(entry.values() for entry in entries.values() if isinstance(entry, dict)))
+    return not any(bool(X.any()) for X in values if isinstance(X, Tensor))
 
 
 def unpack(
-    buckets: Sequence[Bucket], saved: Mapping[Tensor, ParameterState], names: dict[Tensor, str], late: Sequence[str] = ()
-) -> None:
-    """Copy the state of each parameter into new buckets, converted to their dtypes.
+    groups: Sequence[Group], saved: Mapping[Tensor, ParameterState], ranks: Ranks, late: Sequence[str] = ()
+) -> list[Bucket]:
+    """Return this rank's buckets for these groups with the state of each parameter, converted to their dtypes.
 
-    A parameter without an entry, or with an empty one, starts at zero, and so does missing state whose name is in `late`.
-    Raises ValueError, naming the parameter, if other state is missing, or if any has the wrong type, shape, or values.
+    A parameter without state starts at zero, and so does missing state whose name is in `late`. Raises ValueError, naming the
+    parameter, if other state is missing, or if any has the wrong type, shape, or values; if `late` is empty, also for a
+    parameter without state, unless it is frozen: torch.distributed.checkpoint leaves those out.
     """
+    names, buckets = parameter_names(groups), make_buckets(groups, ranks.rank, ranks.size)
 
     def find(p: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a parameter's saved tensor in this dtype. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
         if X is None and key.split(".")[0] in late:
             return torch.zeros(shape)
-        words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
-        if X is None:
+        dense = isinstance(X, Tensor) and X.is_floating_point() and X.layout == torch.strided and not X.is_meta
+        if not dense or (X.shape != shape and (saved[p]["step"] or X.any())):
             raise ValueError(
-                f"{words}a tensor: is it another optimizer's, or did an option change? Keys: {', '.join(saved[p])}"
+                f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be a dense floating-point tensor of "
+                f"shape {shape}: if it is another optimizer's, or the parameter or an option such as block_size changed, undo "
+                "that or delete the parameter's state"
             )
-        if not isinstance(X, Tensor) or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
-            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}")
-        if X.shape != shape and (saved[p]["step"] or X.any()):
-            changed = "if the parameter or an option such as block_size changed, undo that or delete the parameter's state"
-            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}: {changed}")
         X = X.to(dtype) if X.shape == shape else torch.zeros(shape)
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
             kinds = "finite and nonnegative" if key == "exp_avg_sq" else "finite"
@@ -165,6 +160,9 @@ def unpack(
         for i, p in enumerate(bucket.params):
             if kept[i]:
                 bucket.steps[i] = read_steps(saved[p].get("step"), names[p])
+            elif p.requires_grad and not late:
+                keys = ", ".join(("step", *dict(moments(bucket))))
+                raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
         for name, flat in moments(bucket):
             found = [find(p, name, tuple(p.shape), flat.dtype) if kept[i] else None for i, p in enumerate(bucket.params)]
             contiguous = [None if X is None else X.contiguous() for X in found]
@@ -177,6 +175,7 @@ def unpack(
                 X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]), bucket.dtype)[rows])
         for preconditioner in bucket.preconditioners if any(kept) else ():
             preconditioner.find_rootless()
+    return buckets
 
 
 def lookup(entry: Any, key: str) -> Any:
@@ -188,31 +187,17 @@ def lookup(entry: Any, key: str) -> Any:
     return entry
 
 
-def read(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
-) -> tuple[list[Group], list[Bucket], dict[Any, ParameterState]]:
-    """Return the groups of a state_dict, this rank's buckets with its state, and foreign state by parameter or other key.
-
-    Raises ValueError if the state_dict does not fit `groups`, the optimizer's.
-    """
-    found, state = match_groups(state_dict, groups)
-    names, buckets = parameter_names(found), make_buckets(found, ranks.rank, ranks.size)
-    members = [(bucket, p) for bucket in buckets for p in bucket.params]
-    for bucket, p in members:
-        # torch.distributed.checkpoint leaves out the state of frozen parameters.
-        if p.requires_grad and not any(is_own(bucket, key) for key in state.get(p, ())):
-            keys = ", ".join(("step", *dict(moments(bucket))))
-            raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
-    unpack(buckets, state, names)
-    for bucket, p in members:
-        foreign = {key: x for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
-        state[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in foreign.items()}
-    return found, buckets, state
+def foreign(buckets: Sequence[Bucket], entries: Mapping[Any, ParameterState]) -> dict[Any, ParameterState]:
+    """Return copies of the foreign keys of each parameter's entry, on its device, and the entries of no parameter."""
+    found = dict(entries)
+    for bucket in buckets:
+        for p in bucket.params:
+            others = {key: x for key, x in entries.get(p, {}).items() if not is_own(bucket, key)}
+            found[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in others.items()}
+    return found
 
 
-def match_groups(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
-) -> tuple[list[Group], dict[Any, ParameterState]]:
+def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, ParameterState]]:
     """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
 
     Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,
