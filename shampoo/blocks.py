@@ -20,7 +20,8 @@ class Grid(NamedTuple):
     block: tuple[int, ...]
     param: int = 0  # index of the parameter in the layout
     number: int = 0  # index of the grid among the parameter's grids
-    first: int = 0  # row-major index of the first block in the grid before `split`
+    total: int = 0  # number of blocks in the grid before `split`
+    first: int = 0  # row-major index of the first block in that grid
     row: int = 0  # row of the first block in its stack
 
     @property
@@ -84,7 +85,7 @@ def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
     found = []
     for number, choice in enumerate(product(*chunks)):
         start, counts, block = zip(*choice, strict=True)
-        found.append(Grid(start, counts, block, param, number))
+        found.append(Grid(start, counts, block, param, number, total=prod(counts)))
     return found
 
 

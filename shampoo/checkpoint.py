@@ -8,7 +8,6 @@ them. Other keys are foreign: they are kept unchanged.
 In version 1, parameters have no `step`, and take that of their group.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from .copies import assemble, copy, flat_views, grid_views
 from .group import OPTIONS, Group
-from .options import check_group, parameter_names, plain
+from .options import check_groups, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
@@ -34,13 +33,13 @@ MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs
 ParameterState = dict[str, Any]  # by key
 
 
-def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
-    """Yield (parameter index, key, rows in the saved tensor, view of these rows in the bucket) for each tensor and grid."""
+def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, int, slice, Tensor]]:
+    """Yield (parameter index, key, rows of the saved tensor, slice of them, view in the bucket) for each tensor and grid."""
     for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
         for name, d, X in preconditioner.tensors():
             for grid in grids:
                 rows = slice(grid.first, grid.first + grid.size)
-                yield grid.param, f"{name}.{grid.number}.{d}", rows, X[grid.row : grid.row + grid.size]
+                yield grid.param, f"{name}.{grid.number}.{d}", grid.total, rows, X[grid.row : grid.row + grid.size]
 
 
 def zero_shards(bucket: Bucket, device: str, ranks: Ranks) -> list[Bucket]:
@@ -95,7 +94,7 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
             for p, shape, X in zip(params, shards[0].shapes, assemble(layouts, [flat for _, flat in named]), strict=True):
                 state[p][named[0][0]] = X.view(shape)
         parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        for i, key, rows, X in chain(*map(saved_blocks, shards)):
+        for i, key, _, rows, X in chain(*map(saved_blocks, shards)):
             parts.setdefault((i, key), []).append((rows.start, X))
         for (i, key), found in parts.items():
             in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
@@ -138,7 +137,7 @@ def unpack(
     names, buckets = parameter_names(groups), make_buckets(groups, ranks.rank, ranks.size)
 
     def find(p: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a parameter's saved tensor in this dtype. Raises ValueError unless it is valid."""
+        """Return a parameter's saved tensor in this dtype, contiguous. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
         if X is None and key.split(".")[0] in late:
             return torch.zeros(shape)
@@ -149,7 +148,7 @@ def unpack(
                 f"shape {shape}: if it is another optimizer's, or the parameter or an option such as block_size changed, undo "
                 "that or delete the parameter's state"
             )
-        X = X.to(dtype) if X.shape == shape else torch.zeros(shape)
+        X = X.to(dtype).contiguous() if X.shape == shape else torch.zeros(shape)
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
             kinds = "finite and nonnegative" if key == "exp_avg_sq" else "finite"
             raise ValueError(f"the state of {names[p]} has elements of {key} that are not {kinds}")
@@ -165,14 +164,10 @@ def unpack(
                 raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
         for name, flat in moments(bucket):
             found = [find(p, name, tuple(p.shape), flat.dtype) if kept[i] else None for i, p in enumerate(bucket.params)]
-            contiguous = [None if X is None else X.contiguous() for X in found]
-            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, contiguous))
-        count: Counter[tuple[int, str]] = Counter()  # blocks of each grid, over all ranks
-        for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
-            count[grid.param, str(grid.number)] += grid.size
-        for i, key, rows, X in saved_blocks(bucket):
+            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, found))
+        for i, key, total, rows, X in saved_blocks(bucket):
             if kept[i]:
-                X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]), bucket.dtype)[rows])
+                X.copy_(find(bucket.params[i], key, (total, *X.shape[1:]), bucket.dtype)[rows])
         for preconditioner in bucket.preconditioners if any(kept) else ():
             preconditioner.find_rootless()
     return buckets
@@ -222,8 +217,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tup
         if missing:
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
-    for group in found:
-        check_group(group)
+    check_groups(found)
     params = dict(zip(chain(*keys), chain(*(group["params"] for group in found)), strict=True))
     state = {params.get(key, key): entry for key, entry in entries.items()}
     for group in found if version == 1 else ():

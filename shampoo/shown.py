@@ -1,7 +1,7 @@
 """What `optimizer.state` shows of the state in buckets, and how changes that users make there get back."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .blocks import Layout
 from .copies import copy, flat_views, grid_views
 from .group import Group
 from .options import STRUCTURAL
@@ -22,7 +21,7 @@ Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
 class State(defaultdict[Any, Any]):
     """`optimizer.state`: a dictionary that calls `look` before an entry is read."""
 
-    look: Callable[[], None] = staticmethod(lambda: None)
+    look: Callable[[], object] = dict  # does nothing
 
 
 def _looking(name: str) -> Callable[..., Any]:
@@ -52,6 +51,11 @@ def signature(groups: Sequence[Group]) -> list[Any]:
         for p in group["params"]:
             found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
     return found
+
+
+def shares_memory(X: Tensor, Y: Tensor) -> bool:
+    """Return whether two tensors have the same storage."""
+    return X.untyped_storage().data_ptr() == Y.untyped_storage().data_ptr()
 
 
 class Shown:
@@ -113,6 +117,18 @@ class Shown:
                 if key not in own and key not in entry:
                     entry[key] = own[key] = X
                     self._pointers[id(X)] = X.data_ptr()
+        self._find_copies()
+
+    def _find_copies(self) -> None:
+        """Find the parts of moments that are shown as copies, and their originals."""
+        self._originals: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        for bucket in self._buckets if self.own else ():
+            for name, flat in moments(bucket):
+                shown = [self.own[p].get(name) for p in bucket.params]
+                copies = [None if X is None or shares_memory(X, flat) else X for X in shown]
+                self._originals += flat_views(bucket.layout, flat, copies)
+                self._copies += grid_views(bucket.layout, copies)
 
     def show_instead(self, gathered: Callable[[], Entries] | None) -> None:
         """Replace `gathered`, and what is shown of it."""
@@ -121,8 +137,7 @@ class Shown:
             for key in own:
                 self._entries[p].pop(key, None)
         self.own, self._pointers = {}, {}
-        if looked:
-            self.look()
+        self.show(self.live() if looked else {})
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
@@ -142,27 +157,18 @@ class Shown:
                     return True
         return False
 
-    def _copies(self) -> Iterator[tuple[Layout, Tensor, list[Tensor | None]]]:
-        """Yield for each moment its layout, flat vector, and the shown tensors that are copies."""
-        for bucket in self._buckets if self.own else ():
-            for name, flat in moments(bucket):
-                shown, live = [self.own[p].get(name) for p in bucket.params], flat.untyped_storage().data_ptr()
-                yield bucket.layout, flat, [None if X is None or X.untyped_storage().data_ptr() == live else X for X in shown]
-
     def read(self) -> None:
         """Copy into the live state what users changed in place."""
         for bucket in self._buckets if self.own else ():
             bucket.steps = [read_steps(self.own[p]["step"], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
-        for layout, flat, copies in self._copies():
-            copy(flat_views(layout, flat, copies), grid_views(layout, copies))
+        copy(self._originals, self._copies)
 
     def write(self) -> None:
         """Bring counts and copies up to date after a step."""
         for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
                 self.own[p]["step"].fill_(steps)
-        for layout, flat, copies in self._copies():
-            copy(grid_views(layout, copies), flat_views(layout, flat, copies))
+        copy(self._copies, self._originals)
 
     def foreign(self, state: dict[Any, Any]) -> dict[Any, Any]:
         """Return `optimizer.state` without the optimizer's own keys."""
