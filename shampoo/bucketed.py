@@ -10,9 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, options
-from .copies import checksum, is_sharded
+from .copies import attempt, checksum, is_sharded
 from .health import Health
-from .ranks import agree, attempt, check_exchanges, find_ranks, make_exchanges
+from .ranks import agree, check_exchanges, find_ranks, make_exchanges
 from .rules import check_value, one_of
 from .shown import Entries, Shown, State
 from .state import Bucket

@@ -5,7 +5,8 @@ applies them to its weights. `assignment` decides which rank owns which block.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -53,14 +54,6 @@ def find_ranks(process_group: Any) -> Ranks:
         )
     size = dist.get_world_size(process_group)
     return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else ALONE
-
-
-def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """Return (result, None), or (None, error) if the call raises, so that `agree` can tell other ranks of the error first."""
-    try:
-        return act(*arguments), None
-    except Exception as error:
-        return None, error
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
@@ -119,8 +112,8 @@ class Exchange:
         self._differing: HostCopy | None = None  # for each flag, whether it differed between ranks at the last exchange
 
     def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield (bucket index, each rank's directions in this dtype), given this rank's and its flags [skip, failed]."""
-        own = [directions[i] for i in self._buckets]
+        """Yield (bucket index, each rank's directions in this dtype), given the arguments of `exchange_all`."""
+        own = [directions[i] if directions else bucket.zeros() for i, bucket in self._buckets.items()]
         flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
@@ -147,13 +140,11 @@ class Exchange:
             raise RuntimeError(
                 "at the last step, only some ranks had gradients with NaN or Inf: average gradients over ranks before step()"
             )
-        if not any(present):
-            return
-        names = [name for name, differs in zip(self._names, present, strict=True) if differs]
-        raise RuntimeError(
-            f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
-            f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
-        )
+        if names := list(compress(self._names, present)):
+            raise RuntimeError(
+                f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
+                f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
+            )
 
 
 def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
@@ -171,6 +162,6 @@ def check_exchanges(exchanges: list[Exchange]) -> None:
 
 
 def exchange_all(exchanges: list[Exchange], directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
-    """Return the directions of each bucket and rank, given this rank's directions and its flags [skip, failed]."""
+    """Return the directions of each bucket and rank, given this rank's, or [] for zeros, and its flags [skip, failed]."""
     found = {i: of_ranks for exchange in exchanges for i, of_ranks in exchange.run(directions, flags)}
-    return [found[i] for i in range(len(directions))]
+    return [found[i] for i in sorted(found)]
