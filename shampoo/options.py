@@ -43,34 +43,27 @@ def plain(x: Any) -> Any:
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check all groups with `check_group`."""
+    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
     params = Counter(p for group in groups for p in group["params"])
+    rules = {**OPTIONS, "step": integer(0)}
     for k, group in enumerate(groups):
-        if missing := OPTIONS.keys() - group.keys():
+        if missing := rules.keys() - group.keys():
             raise ValueError(
                 f"group {k} lacks {', '.join(sorted(missing))}; add groups with add_param_group(), which fills in defaults"
             )
-        check_group(group)
+        check_names(group)
+        for name, rule in rules.items():
+            check_value(name, group[name], rule)
         for i, p in enumerate(group["params"]):
+            if not isinstance(p, Tensor):
+                raise ValueError(f"params of a parameter group holds {p!r}; it must hold tensors")
+            name = parameter_name(group, i)
+            check_parameter(p, name)
             if params[p] > 1:
-                raise ValueError(
-                    f"{parameter_name(group, i)} of group {k} appears {params[p]} times in param_groups; keep it once"
-                )
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
-    check_names(group)
-    for name, rule in OPTIONS.items():
-        check_value(name, group[name], rule)
-    check_value("step", group["step"], integer(0))
-    for i, p in enumerate(group["params"]):
-        if not isinstance(p, Tensor):
-            raise ValueError(f"params of a parameter group holds {p!r}; it must hold tensors")
-        check_parameter(p, parameter_name(group, i))
-        if not is_lazy(p):
-            order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
-            SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
+                raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
+            if not is_lazy(p):
+                order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
+                SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
 
 
 def check_names(group: Mapping[str, Any]) -> None:

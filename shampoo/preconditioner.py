@@ -37,7 +37,6 @@ class Kronecker:
             ]
 
         blocks, *block = stack
-        SOLVERS[options["solver"]].check(exponents)
         self.exponents = exponents
         self.factors = matrices(dtype)
         self.inv_roots = matrices(torch.bfloat16 if options["bf16_roots"] else dtype)
