@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import checkpoint, options
 from .copies import attempt, checksum, is_sharded
 from .health import Health
-from .ranks import agree, check_exchanges, find_ranks, make_exchanges
+from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, one_of
 from .shown import Entries, Shown, State
 from .state import Bucket
@@ -57,7 +57,7 @@ class BucketedOptimizer(Optimizer):
         if not hasattr(self, "_buckets"):  # in the constructor, which compares all groups between ranks at once
             self._add(param_group)
             return
-        check_exchanges(self._exchanges)
+        self._check_exchange()
         number = len(self.param_groups)
         _, error = attempt(self._add, param_group)
         try:
@@ -112,7 +112,8 @@ class BucketedOptimizer(Optimizer):
             return checkpoint.pack([[b] if ranks.size == 1 else checkpoint.zero_shards(b, "cpu", ranks) for b in buckets])
 
         self._buckets = buckets
-        self._exchanges = make_exchanges(buckets, self._names(), ranks, self._exchange_dtype)  # [] on one rank
+        exchanges = ranks.size > 1 and buckets
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if exchanges else None
         self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
         known = gathered if zero or ranks.size == 1 else None
         self._shown = Shown(buckets, self.param_groups, self.state, known, looked)  # type: ignore[arg-type]
@@ -125,12 +126,17 @@ class BucketedOptimizer(Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _check_exchange(self) -> None:
+        """Raise errors of the last step on multiple ranks; see `Exchange.check`."""
+        if self._exchange is not None:
+            self._exchange.check()
+
     def _start_step(self) -> None:
         """Raise pending errors, apply changes of groups and state, and on multiple ranks drop gathered state.
 
         At the first step on multiple ranks, raise ValueError if the `checksum` of a parameter that is no DTensor differs.
         """
-        check_exchanges(self._exchanges)
+        self._check_exchange()
         self._health.count(self._names)
         self._update_buckets()
         if self._ranks.size > 1:
@@ -172,7 +178,7 @@ class BucketedOptimizer(Optimizer):
         Raises ValueError if `to` is invalid, or if ranks differ in `to`, parameters, options, or steps, and RuntimeError if
         another rank fails, or as `step` does if ranks differed at the last step.
         """
-        check_exchanges(self._exchanges)
+        self._check_exchange()
         _, error = attempt(check_value, "to", to, one_of(None, *range(self._ranks.size)))
         agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
         self._update_buckets()

@@ -11,7 +11,6 @@ from .bucketed import BucketedOptimizer
 from .copies import Inputs, attempt, flat_views, move, read
 from .group import OPTIONS
 from .options import plain
-from .ranks import exchange_all
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -132,7 +131,12 @@ class AdamWShampoo(BucketedOptimizer):
         # 1. Loss and gradients
         loss, error = attempt(torch.enable_grad()(closure)) if closure else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
-        if self._exchanges or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
+        if (
+            self._exchange is not None
+            or self._health.norms
+            or self._shown.own
+            or self._shown.changed(self.state, self.param_groups)
+        ):
             self._start_step()
         inputs: list[Inputs] = []
         for bucket in self._buckets:
@@ -155,8 +159,9 @@ class AdamWShampoo(BucketedOptimizer):
             error, skip = failed, True
 
         # 3. Directions of all ranks
-        own = [P for P, _ in directions] if self._exchanges and not skip else []
-        gathered = exchange_all(self._exchanges, own, [skip, error is not None]) if self._exchanges else []
+        gathered: list[list[Tensor]] = []  # [bucket][rank]
+        if self._exchange is not None:
+            gathered = self._exchange.run([P for P, _ in directions] if not skip else [], [skip, error is not None])
         if error is not None:
             raise error  # other ranks raise at their next step
 
@@ -168,12 +173,13 @@ class AdamWShampoo(BucketedOptimizer):
                 views = [directions[i][1]]
                 if gathered:
                     of_ranks = zip(bucket.layouts, gathered[i], strict=True)
-                    views = [flat_views(layout, P.to(bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
+                    views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:
-            for bucket in self._buckets if self._exchanges else ():
-                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-            attempt(exchange_all, self._exchanges, [], [True, True])
+            if self._exchange is not None:
+                for bucket in self._buckets:
+                    attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+                attempt(self._exchange.run, [], [True, True])
             raise
         if self._shown.own:
             self._shown.write()
