@@ -112,8 +112,8 @@ class BucketedOptimizer(Optimizer):
             return checkpoint.pack([[b] if ranks.size == 1 else checkpoint.zero_shards(b, "cpu", ranks) for b in buckets])
 
         self._buckets = buckets
-        exchanges = ranks.size > 1 and buckets
-        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if exchanges else None
+        shared = ranks.size > 1 and buckets
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
         self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
         known = gathered if zero or ranks.size == 1 else None
         self._shown = Shown(buckets, self.param_groups, self.state, known, looked)  # type: ignore[arg-type]

@@ -52,8 +52,7 @@ def find_ranks(process_group: Any) -> Ranks:
             f"process_group is {process_group!r}; it must be a ProcessGroup that this process is in, a one-dimensional "
             "DeviceMesh, or None"
         )
-    size = dist.get_world_size(process_group)
-    return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else ALONE
+    return Ranks(process_group, process_group.rank(), process_group.size()) if process_group.size() > 1 else ALONE
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:

@@ -131,13 +131,14 @@ class Shown:
                 self._copies += grid_views(bucket.layout, copies)
 
     def show_instead(self, gathered: Callable[[], Entries] | None) -> None:
-        """Replace `gathered`, and what is shown of it."""
-        looked, self.gathered = bool(self.own), gathered
+        """Replace `gathered`, and what is shown of it; if it is None, `step` alone stays."""
+        self.gathered = gathered
+        stays = {"step"} if gathered is None else set()
         for p, own in self.own.items():
-            for key in own:
+            for key in own.keys() - stays:
                 self._entries[p].pop(key, None)
-        self.own, self._pointers = {}, {}
-        self.show(self.live() if looked else {})
+                del self._pointers[id(own.pop(key))]
+        self.show(self.live() if self.own and gathered else {})
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""

@@ -97,10 +97,7 @@ def has_factors(p: Tensor, group: Group) -> bool:
 
 
 def block_flops(group: Group, factored: bool, block: tuple[int, ...]) -> float:
-    """Return a function from a block's shape to its floating-point operations per step.
-
-    These are 20 per element, plus the preconditioner's `cost` if factored.
-    """
+    """Return a block's floating-point operations per step: 20 per element, plus the preconditioner's `cost` if factored."""
     cost = PRECONDITIONERS[group["preconditioner"]].cost
     return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
 

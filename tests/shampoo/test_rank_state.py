@@ -171,3 +171,10 @@ def test_a_consolidated_state_is_not_given_out_once_an_option_changes_what_it_ho
 
 def test_a_moment_that_is_set_before_the_first_step_is_kept(pools):
     assert pools(2).run(rank_state_checks.state_set_before_the_first_step) == [(63, 1)] * 2
+
+
+def test_a_held_entry_shows_what_is_gathered_and_its_step(pools):
+    every = ["exp_avg", "exp_avg_sq", "factors.0.0", "inv_roots.0.0", "step"]
+    for found, counted, steps in pools(2).run(rank_state_checks.held_entry):
+        assert found == [(["step"], 2), (every, 2), (["step"], 4), (every, 4)]
+        assert (counted, steps) == (9, 10)
