@@ -99,15 +99,13 @@ def split(grid: Grid) -> list[Grid]:
 def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
     """Return the layout of grids cut from parameters of these merged shapes, with one stack per block shape."""
     stacks: dict[tuple[int, ...], list[Grid]] = {}
-    rows: dict[tuple[int, ...], int] = {}
     for grid in grids:
-        row = rows.get(grid.block, 0)
-        stacks.setdefault(grid.block, []).append(grid._replace(row=row))
-        rows[grid.block] = row + grid.size
+        before = stacks.setdefault(grid.block, [])
+        before.append(grid._replace(row=before[-1].row + before[-1].size if before else 0))
     views = [view(grid, shapes[grid.param]) for of_stack in stacks.values() for grid in of_stack]
     lengths = [prod(each.shape) for each in views]
     params = [[grid.param for grid in of_stack for _ in range(grid.size)] for of_stack in stacks.values()]
-    shapes_of_stacks = tuple((rows[block], *block) for block in stacks)
+    shapes_of_stacks = tuple((sum(grid.size for grid in of_stack), *block) for block, of_stack in stacks.items())
     return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths), params)
 
 

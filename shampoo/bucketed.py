@@ -13,7 +13,7 @@ from . import checkpoint, options
 from .copies import attempt, checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
-from .rules import check_value, one_of
+from .rules import check_value, integer, one_of
 from .shown import Entries, Shown, State
 from .state import Bucket
 
@@ -45,8 +45,9 @@ class BucketedOptimizer(Optimizer):
         self._rebuild()
 
     def _initialize(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_value("exchange_dtype", self._exchange_dtype, options.EXCHANGE_DTYPE)
-        check_value("max_skipped_steps", self._health.limit, options.MAX_SKIPPED_STEPS)
+        dtypes = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        check_value("exchange_dtype", self._exchange_dtype, dtypes)
+        check_value("max_skipped_steps", self._health.limit, integer(1))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -13,11 +13,8 @@ from .blocks import merged_shape
 from .group import OPTIONS, Options
 from .preconditioner import block_exponents
 from .roots import SOLVERS
-from .rules import check_value, integer, one_of
+from .rules import check_value, integer
 
-# Options of the whole optimizer, not of a group.
-EXCHANGE_DTYPE = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SKIPPED_STEPS = integer(1)
 # Options of other torch optimizers that groups may have only if they are off, and why.
 NOT_NEEDED = {
     "amsgrad": "AdamWShampoo has no counterpart",

@@ -6,7 +6,7 @@ applies them to its weights. `assignment` decides which rank owns which block.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import compress, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -77,8 +77,7 @@ def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> 
 
 def first_difference(descriptions: list[list[str]]) -> str:
     """Return an error message with the first line in which the ranks' descriptions differ."""
-    longest = max(map(len, descriptions))
-    lines = zip(*(lines + ["nothing"] * (longest - len(lines)) for lines in descriptions), strict=True)
+    lines = zip_longest(*descriptions, fillvalue="nothing")
     differing = next(line for line in lines if len(set(line)) > 1)
     other = next(r for r, text in enumerate(differing) if text != differing[0])
     return (

@@ -19,9 +19,9 @@ Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
 
 
 class State(defaultdict[Any, Any]):
-    """`optimizer.state`: a dictionary that calls `look` before an entry is read."""
+    """`optimizer.state`: a dictionary that calls `look`, if set, before an entry is read."""
 
-    look: Callable[[], object] = dict  # does nothing
+    look: Callable[[], None] | None = None
 
 
 def _looking(name: str) -> Callable[..., Any]:
@@ -30,7 +30,8 @@ def _looking(name: str) -> Callable[..., Any]:
 
     def call(state: State, *arguments: Any, **named: Any) -> Any:
         """Call `look`, then the method."""
-        state.look()
+        if state.look is not None:
+            state.look()
         return method(state, *arguments, **named)
 
     return call

@@ -47,6 +47,7 @@ class Bucket:
         stacks = self.layout.stacks if self.factored else ()
         make = partial(PRECONDITIONERS[group["preconditioner"]], options=group, dtype=self.dtype, device=self.device)
         self.preconditioners = [make(stack, block_exponents(len(stack) - 1, group)) for stack in stacks]
+        self.names = {"step", *PRECONDITIONERS[group["preconditioner"]].NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
         self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
 
@@ -104,8 +105,7 @@ def block_flops(group: Group, factored: bool, block: tuple[int, ...]) -> float:
 
 def is_own(bucket: Bucket, key: Any) -> bool:
     """Return whether a key of an entry is the optimizer's own, and not foreign."""
-    names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
-    return str(key).split(".")[0] in names
+    return str(key).split(".")[0] in bucket.names
 
 
 def describe_tensor(X: Any) -> str:
