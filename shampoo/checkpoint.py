@@ -11,14 +11,17 @@ In version 1, parameters have no `step`, and take that of their group.
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from itertools import chain
+from math import prod
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .copies import assemble, copy, flat_views, grid_views
+from .blocks import View
+from .copies import flat_views
 from .group import OPTIONS, Group
 from .options import check_groups, parameter_names, plain
 from .ranks import Ranks
@@ -33,13 +36,23 @@ MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs
 ParameterState = dict[str, Any]  # by key
 
 
-def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, int, slice, Tensor]]:
-    """Yield (parameter index, key, rows of the saved tensor, slice of them, view in the bucket) for each tensor and grid."""
-    for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
-        for name, d, X in preconditioner.tensors():
+def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]]:
+    """Yield each grid's piece of each state tensor: (key, shape of the saved tensor, `View` of the piece there, the piece)."""
+    layout = bucket.layout
+    for name, flat in moments(bucket):
+        for view, X in zip(layout.views, flat_views(layout, flat, bucket.params), strict=True):
+            yield name, tuple(bucket.shapes[view.param]), view, X
+    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=False):
+        for name, d, matrices in preconditioner.tensors():
             for grid in grids:
-                rows = slice(grid.first, grid.first + grid.size)
-                yield grid.param, f"{name}.{grid.number}.{d}", grid.total, rows, X[grid.row : grid.row + grid.size]
+                X = matrices[grid.row : grid.row + grid.size]
+                view = View(grid.param, tuple(X.shape), X.stride(), grid.first * X.stride(0))
+                yield f"{name}.{grid.number}.{d}", (grid.total, *X.shape[1:]), view, X
+
+
+def place(view: View, X: Tensor) -> Tensor:
+    """Return the piece of a contiguous tensor that the `View` describes."""
+    return X.as_strided(view.shape, view.stride, X.storage_offset() + view.offset)
 
 
 def zero_shards(bucket: Bucket, device: str, ranks: Ranks) -> list[Bucket]:
@@ -87,18 +100,15 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
     """
     state: dict[Tensor, dict[str, Tensor]] = {}
     for shards in buckets:
-        params, layouts = shards[0].params, shards[0].layouts[: len(shards)]
-        for p, steps in zip(params, shards[0].steps, strict=True):
-            state[p] = {"step": torch.tensor(float(steps))}
-        for named in zip(*map(moments, shards), strict=True):
-            for p, shape, X in zip(params, shards[0].shapes, assemble(layouts, [flat for _, flat in named]), strict=True):
-                state[p][named[0][0]] = X.view(shape)
-        parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        for i, key, _, rows, X in chain(*map(saved_blocks, shards)):
-            parts.setdefault((i, key), []).append((rows.start, X))
-        for (i, key), found in parts.items():
-            in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
-            state[params[i]][key] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
+        params = shards[0].params
+        state |= {p: {"step": torch.tensor(float(steps))} for p, steps in zip(params, shards[0].steps, strict=True)}
+        for key, shape, view, X in chain(*map(pieces, shards)):
+            entry = state[params[view.param]]
+            whole = X.numel() == prod(shape) and X.as_strided(view.shape, view.stride).is_contiguous()
+            if key not in entry:
+                entry[key] = X.view(shape) if whole else X.new_empty(shape)
+            if not whole:
+                place(view, entry[key]).copy_(X)
     return state
 
 
@@ -136,6 +146,7 @@ def unpack(
     """
     names, buckets = parameter_names(groups), make_buckets(groups, ranks.rank, ranks.size)
 
+    @cache
     def find(p: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a parameter's saved tensor in this dtype, contiguous. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
@@ -162,12 +173,9 @@ def unpack(
             elif p.requires_grad and not late:
                 keys = ", ".join(("step", *dict(moments(bucket))))
                 raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
-        for name, flat in moments(bucket):
-            found = [find(p, name, tuple(p.shape), flat.dtype) if kept[i] else None for i, p in enumerate(bucket.params)]
-            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, found))
-        for i, key, total, rows, X in saved_blocks(bucket):
-            if kept[i]:
-                X.copy_(find(bucket.params[i], key, (total, *X.shape[1:]), bucket.dtype)[rows])
+        for key, shape, view, X in pieces(bucket):
+            if kept[view.param]:
+                X.copy_(place(view, find(bucket.params[view.param], key, shape, bucket.dtype)))
         for preconditioner in bucket.preconditioners if any(kept) else ():
             preconditioner.find_rootless()
     return buckets

@@ -73,22 +73,6 @@ def spread(layout: Layout, values: Sequence[float], dtype: torch.dtype, device: 
     return flat
 
 
-def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]:
-    """Return each parameter's tensor in its merged shape, given all ranks' flat vectors: the inverse of `load`.
-
-    The tensor is a view if the parameter is contiguous in a single rank's flat vector; otherwise it is a copy.
-    """
-    found: list[Tensor | None] = [None] * len(layouts[0].shapes)
-    if len(layouts) == 1:
-        for part, grid in zip(torch.split_with_sizes(flats[0], layouts[0].lengths), chain(*layouts[0].grids), strict=True):
-            shape = layouts[0].shapes[grid.param]
-            found[grid.param] = part.view(shape) if grid.size == grid.counts[0] and part.numel() == prod(shape) else None
-    copies = [flats[0].new_empty(shape) if X is None else None for X, shape in zip(found, layouts[0].shapes, strict=True)]
-    for layout, flat in zip(layouts, flats, strict=True):
-        copy(grid_views(layout, copies), flat_views(layout, flat, copies))
-    return [X if copied is None else copied for X, copied in zip(found, copies, strict=True)]  # type: ignore[misc]
-
-
 def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
     """Return (result, None), or (None, error) if the call raises, so that collectives that other ranks wait in come first."""
     try:
