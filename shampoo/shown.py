@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .copies import copy, flat_views, grid_views
+from .checkpoint import pieces, place
+from .copies import copy
 from .group import Group
 from .options import STRUCTURAL
-from .state import Bucket, is_own, moments, read_steps
+from .state import Bucket, is_own, read_steps
 
 Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
 
@@ -62,8 +63,7 @@ def shares_memory(X: Tensor, Y: Tensor) -> bool:
 class Shown:
     """The entries of `optimizer.state`: views of the live state, and copies where a tensor lies in several pieces.
 
-    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies. On
-    multiple ranks, factors and roots are copies that are never read back: replace such a tensor rather than edit it in place.
+    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies.
 
     Args:
         groups: what the buckets were made for.
@@ -121,15 +121,15 @@ class Shown:
         self._find_copies()
 
     def _find_copies(self) -> None:
-        """Find the parts of moments that are shown as copies, and their originals."""
+        """Find the pieces of state that are shown as copies, and their originals."""
         self._originals: list[Tensor] = []
         self._copies: list[Tensor] = []
         for bucket in self._buckets if self.own else ():
-            for name, flat in moments(bucket):
-                shown = [self.own[p].get(name) for p in bucket.params]
-                copies = [None if X is None or shares_memory(X, flat) else X for X in shown]
-                self._originals += flat_views(bucket.layout, flat, copies)
-                self._copies += grid_views(bucket.layout, copies)
+            for key, _, view, X in pieces(bucket):
+                shown = self.own[bucket.params[view.param]].get(key)
+                if shown is not None and not shares_memory(shown, X):
+                    self._originals.append(X)
+                    self._copies.append(place(view, shown))
 
     def show_instead(self, gathered: Callable[[], Entries] | None) -> None:
         """Replace `gathered`, and what is shown of it; if it is None, `step` alone stays."""
