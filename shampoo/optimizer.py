@@ -131,12 +131,7 @@ class AdamWShampoo(BucketedOptimizer):
         # 1. Loss and gradients
         loss, error = attempt(torch.enable_grad()(closure)) if closure else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
-        if (
-            self._exchange is not None
-            or self._health.norms
-            or self._shown.own
-            or self._shown.changed(self.state, self.param_groups)
-        ):
+        if self._ranks.size > 1 or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
             self._start_step()
         inputs: list[Inputs] = []
         for bucket in self._buckets:
@@ -176,11 +171,15 @@ class AdamWShampoo(BucketedOptimizer):
                     views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:
-            if self._exchange is not None:
-                for bucket in self._buckets:
-                    attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-                attempt(self._exchange.run, [], [True, True])
+            self._join_next_exchange()
             raise
         if self._shown.own:
             self._shown.write()
         return loss
+
+    def _join_next_exchange(self) -> None:
+        """Take part in the other ranks' next step as a rank that failed."""
+        if self._exchange is not None:
+            for bucket in self._buckets:
+                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+            attempt(self._exchange.run, [], [True, True])
