@@ -20,7 +20,8 @@ class Grid(NamedTuple):
     block: tuple[int, ...]
     param: int = 0  # index of the parameter in the layout
     number: int = 0  # index of the grid among the parameter's grids
-    first: int = 0  # row-major index of the first block in the grid before `split`
+    total: int = 0  # number of blocks in the grid before `split`
+    first: int = 0  # row-major index of the first block in that grid
     row: int = 0  # row of the first block in its stack
 
     @property
@@ -84,7 +85,7 @@ def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
     found = []
     for number, choice in enumerate(product(*chunks)):
         start, counts, block = zip(*choice, strict=True)
-        found.append(Grid(start, counts, block, param, number))
+        found.append(Grid(start, counts, block, param, number, total=prod(counts)))
     return found
 
 
@@ -98,15 +99,13 @@ def split(grid: Grid) -> list[Grid]:
 def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
     """Return the layout of grids cut from parameters of these merged shapes, with one stack per block shape."""
     stacks: dict[tuple[int, ...], list[Grid]] = {}
-    rows: dict[tuple[int, ...], int] = {}
     for grid in grids:
-        row = rows.get(grid.block, 0)
-        stacks.setdefault(grid.block, []).append(grid._replace(row=row))
-        rows[grid.block] = row + grid.size
+        before = stacks.setdefault(grid.block, [])
+        before.append(grid._replace(row=before[-1].row + before[-1].size if before else 0))
     views = [view(grid, shapes[grid.param]) for of_stack in stacks.values() for grid in of_stack]
     lengths = [prod(each.shape) for each in views]
     params = [[grid.param for grid in of_stack for _ in range(grid.size)] for of_stack in stacks.values()]
-    shapes_of_stacks = tuple((rows[block], *block) for block in stacks)
+    shapes_of_stacks = tuple((sum(grid.size for grid in of_stack), *block) for block, of_stack in stacks.items())
     return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths), params)
 
 

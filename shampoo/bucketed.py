@@ -2,7 +2,6 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +10,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, options
-from .copies import checksum, is_sharded
+from .copies import attempt, checksum, is_sharded
 from .health import Health
-from .ranks import ALONE, Exchange, agree, attempt, check_exchanges, find_ranks, make_exchanges
-from .shown import Entry, Shown
-from .state import Bucket, make_buckets
+from .ranks import Exchange, agree, find_ranks
+from .rules import check_value, integer, one_of
+from .shown import Entries, Shown, State
+from .state import Bucket
 
 # Attributes that pickle and deepcopy keep, besides torch's.
-KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_initialized", "_compared", "_zero")
+KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_compared")
 
 
 class BucketedOptimizer(Optimizer):
@@ -38,89 +38,87 @@ class BucketedOptimizer(Optimizer):
     ):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
-        self._buckets: list[Bucket] = []
-        self._shown = Shown([], [], {}, self)  # what `state` shows of the buckets
-        self._exchanges: list[Exchange] = []  # [] on one rank
-        self._consolidated: dict[Tensor, dict[str, Any]] | None = None  # the gathered state of all ranks, until the next step
-        self._initialized = self._compared = False
-        self._zero = True  # whether all state is zero: no step was taken, nothing else loaded or set
+        self._compared = False  # whether ranks have compared weights
         _, error = attempt(self._initialize, params, defaults)
-        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
-        agree(self._ranks, own + options.describe(vars(self).get("param_groups", [])), error)
-        self._initialized = True
+        agree(self._ranks, [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"], error)
+        self._install([])
+        self._rebuild()
 
     def _initialize(self, params: Any, defaults: dict[str, Any]) -> None:
-        options.check_value("exchange_dtype", self._exchange_dtype, options.EXCHANGE_DTYPE)
-        options.check_value("max_skipped_steps", self._health.limit, options.MAX_SKIPPED_STEPS)
+        dtypes = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        check_value("exchange_dtype", self._exchange_dtype, dtypes)
+        check_value("max_skipped_steps", self._health.limit, integer(1))
         super().__init__(params, defaults)
-        self._update_buckets()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing options take the optimizer's defaults. Raises ValueError as the constructor does.
 
         On multiple ranks, call it on all ranks with the same group. After an error on any rank, no rank has the group.
         """
-        if not self._initialized:  # in the constructor, which compares all groups between ranks at once
+        if not hasattr(self, "_buckets"):  # in the constructor, which compares all groups between ranks at once
             self._add(param_group)
             return
-        check_exchanges(self._exchanges)
+        self._check_exchange()
         number = len(self.param_groups)
         _, error = attempt(self._add, param_group)
         try:
-            agree(self._ranks, options.describe(self.param_groups) if error is None else [], error)
-            self._update_buckets()
+            agree(self._ranks, [], error)
+            self._rebuild()
         except Exception:  # on any rank, so all ranks drop the group
             del self.param_groups[number:]
             raise
 
     def _add(self, param_group: dict[str, Any]) -> None:
-        options.check_names(param_group)
         param_group.update({name: options.plain(value) for name, value in param_group.items()})  # torch keeps this very dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        options.check_group(group)
         if group["start_preconditioning_step"] is None:  # set here, so that a later change of the frequency does not move it
             group["start_preconditioning_step"] = group["precondition_frequency"]
 
-    @torch.inference_mode(False)
     def _update_buckets(self) -> None:
-        """Rebuild the buckets if their `signature` (parameters and some options) changed, or users changed `state`.
+        """Bring the buckets up to date with what users changed in `param_groups` and `state`."""
+        if self._shown.changed(self.state, self.param_groups):
+            self._rebuild()
+        else:
+            self._shown.read()
 
-        State that fits is kept, and new parameters start at zero. If there is a change, this is a collective. Raises ValueError
-        if state does not fit, and leaves the buckets unchanged.
+    @torch.inference_mode(False)
+    def _rebuild(self) -> None:
+        """Make new buckets for the groups, with the state that is in `state`, or else in the present buckets. A collective.
+
+        State that fits is kept, and new parameters start at zero. Raises ValueError if state does not fit, and leaves the
+        buckets unchanged.
         """
         groups: Any = self.param_groups
-        if not self._shown.changed(self.state, groups):
-            self._shown.read()
-            return
         _, error = attempt(options.check_groups, groups)
-        ranks = self._ranks if self._initialized else ALONE  # the constructor's ranks agree on all groups at once
-        agree(ranks, options.describe(groups) if error is None else [], error)
-        single = self._ranks.size == 1
-        shards = [[bucket] for bucket in self._buckets] if single else checkpoint.collect(self._buckets, self._ranks, None)
-        live = checkpoint.pack(shards)
-        self._shown.release(self.state, set(self._params()), live)
-        entries = self._shown.collect(self.state, live)
-        self._zero = self._zero and checkpoint.is_zero({"state": entries})
-        buckets = make_buckets(groups, self._ranks.rank, self._ranks.size)
-        _, error = attempt(checkpoint.unpack, buckets, entries, self._names(), checkpoint.MAY_START_LATE)
-        agree(ranks, [], error)
-        self._install(buckets)
+        agree(self._ranks, options.describe(groups) if error is None else [], error)
+        present = [dict.get(self.state, p) for p in self._params()]
+        looked = bool(self._shown.own) or any(isinstance(entry, dict) and "step" in entry for entry in present)
+        entries = {p: entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}
+        self._shown.show(checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, None)))
+        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
+        agree(self._ranks, [], error)
+        self._install(buckets, checkpoint.is_zero(entries), looked)
 
-    def _install(self, buckets: list[Bucket]) -> None:
-        """Replace the buckets by new ones, which must fit the groups."""
-        self._buckets, self._consolidated = buckets, None
-        self._shown = Shown(buckets, self.param_groups, self.state, self)  # type: ignore[arg-type]
-        self._exchanges = make_exchanges(buckets, self._names(), self._ranks, self._exchange_dtype)
+    def _install(self, buckets: list[Bucket], zero: bool = False, looked: bool = False) -> None:
+        """Replace the buckets by new ones, which must fit the groups; `zero`: their state is zero on all ranks.
 
-    def shown_state(self) -> Mapping[Tensor, dict[str, Any]]:
-        """Return each parameter's state for `state` to show; on multiple ranks, `step` alone unless it is gathered."""
-        return self._gathered() or {
-            p: {"step": torch.tensor(float(n))}
-            for bucket in self._buckets
-            for p, n in zip(bucket.params, bucket.steps, strict=True)
-        }
+        If `looked`, `state` shows their state at once.
+        """
+        ranks = self._ranks
+
+        def gathered() -> Entries:
+            """Return the state of all parameters, on one rank or while it is zero."""
+            return checkpoint.pack([[b] if ranks.size == 1 else checkpoint.zero_shards(b, "cpu", ranks) for b in buckets])
+
+        self._buckets = buckets
+        shared = ranks.size > 1 and buckets
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
+        self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
+        known = gathered if zero or ranks.size == 1 else None
+        self._shown = Shown(buckets, self.param_groups, self.state, known, looked)  # type: ignore[arg-type]
+        self.state.look = self._shown.look
 
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
@@ -129,32 +127,25 @@ class BucketedOptimizer(Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _check_exchange(self) -> None:
+        """Raise errors of the last step on multiple ranks; see `Exchange.check`."""
+        if self._exchange is not None:
+            self._exchange.check()
+
     def _start_step(self) -> None:
         """Raise pending errors, apply changes of groups and state, and on multiple ranks drop gathered state.
 
         At the first step on multiple ranks, raise ValueError if the `checksum` of a parameter that is no DTensor differs.
         """
-        check_exchanges(self._exchanges)
+        self._check_exchange()
         self._health.count(self._names)
         self._update_buckets()
-        self._zero = False
-        if self._exchanges:
-            self._shown.reset()
-            self._consolidated = None
+        if self._ranks.size > 1:
+            self._shown.show_instead(None)
             if not self._compared:
                 names, params = self._names(), [p for p in self._params() if not is_sharded(p) and not is_lazy(p)]
                 agree(self._ranks, [f"{names[p]} with weights of checksum {checksum(p)}" for p in params], None)
                 self._compared = True
-
-    def _gathered(self) -> dict[Tensor, dict[str, Any]] | None:
-        """Return each parameter's state; on multiple ranks, zeros before the first step, then the gathered state, or None."""
-        if self._ranks.size == 1:
-            return checkpoint.pack([[bucket] for bucket in self._buckets])
-        if self._zero and self._consolidated is None:
-            return checkpoint.pack(
-                [checkpoint.zero_shards(bucket, torch.device("cpu"), self._ranks) for bucket in self._buckets]
-            )
-        return self._consolidated if not self._shown.changed(self.state, self.param_groups) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return options and state per parameter, as in torch's optimizers; the module `checkpoint` lists the keys.
@@ -167,14 +158,14 @@ class BucketedOptimizer(Optimizer):
             pre_hook(self)
         if self._ranks.size == 1:
             self._update_buckets()
-        entries = self._gathered()
-        if entries is None:
+        gathered = self._shown.gathered
+        if gathered is None or self._shown.changed(self.state, self.param_groups):
             raise RuntimeError(
                 f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call "
                 "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
                 "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
             )
-        packed = checkpoint.pack_state_dict(self.param_groups, entries, self._shown.foreign(self.state))
+        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), self._shown.foreign(self.state))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
@@ -188,14 +179,14 @@ class BucketedOptimizer(Optimizer):
         Raises ValueError if `to` is invalid, or if ranks differ in `to`, parameters, options, or steps, and RuntimeError if
         another rank fails, or as `step` does if ranks differed at the last step.
         """
-        check_exchanges(self._exchanges)
-        _, error = attempt(options.check_value, "to", to, options.one_of(None, *range(self._ranks.size)))
+        self._check_exchange()
+        _, error = attempt(check_value, "to", to, one_of(None, *range(self._ranks.size)))
         agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
         self._update_buckets()
         if self._ranks.size > 1:
-            self._shown.reset()
             shards = checkpoint.collect(self._buckets, self._ranks, to)
-            self._consolidated = checkpoint.pack(shards) if shards or to in (None, self._ranks.rank) else None
+            entries = checkpoint.pack(shards)
+            self._shown.show_instead((lambda: entries) if to in (None, self._ranks.rank) else None)
 
     def consolidate(self, to: int | None = 0) -> None:
         """Call `consolidate_state_dict`. Deprecated: this is its former name."""
@@ -213,13 +204,15 @@ class BucketedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        found, error = attempt(checkpoint.read, state_dict, self.param_groups, self._ranks)
+        found, error = attempt(checkpoint.read, state_dict, self.param_groups)
         agree(self._ranks, options.describe(found[0]) if found else [], error)
-        self.param_groups, buckets, state = found
-        self._zero = checkpoint.is_zero(state_dict)
+        groups, entries = found
+        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks)
+        agree(self._ranks, [], error)
+        self.param_groups = groups
         self.state.clear()  # the same dictionary: wrappers may share it
-        self.state.update({key: Entry(entry) if isinstance(key, Tensor) else entry for key, entry in state.items()})
-        self._install(buckets)
+        self.state.update(checkpoint.foreign(buckets, entries))
+        self._install(buckets, checkpoint.is_zero(entries))
         self._health.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -231,8 +224,7 @@ class BucketedOptimizer(Optimizer):
             )
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
-        foreign = {p: entry for p, entry in self._shown.foreign(self.state).items() if entry or not isinstance(p, Tensor)}
-        return {**kept, "state": defaultdict(dict, foreign)}
+        return {**kept, "state": defaultdict(dict, self._shown.foreign(self.state))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

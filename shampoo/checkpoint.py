@@ -8,21 +8,24 @@ them. Other keys are foreign: they are kept unchanged.
 In version 1, parameters have no `step`, and take that of their group.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from itertools import chain
+from math import prod
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .copies import assemble, copy, flat_views, grid_views
-from .group import Group
-from .options import OPTIONS, check_group, check_value, one_of, parameter_names, plain
+from .blocks import View
+from .copies import flat_views
+from .group import OPTIONS, Group
+from .options import check_groups, parameter_names, plain
 from .ranks import Ranks
+from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
@@ -33,55 +36,61 @@ MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs
 ParameterState = dict[str, Any]  # by key
 
 
-def saved_blocks(bucket: Bucket) -> Iterator[tuple[int, str, slice, Tensor]]:
-    """Yield (parameter index, key, rows in the saved tensor, view of these rows in the bucket) for each tensor and grid."""
-    for grids, preconditioner in zip(bucket.layout.grids, bucket.preconditioners, strict=False):
-        for name, d, X in preconditioner.tensors():
+def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]]:
+    """Yield each grid's piece of each state tensor: (key, shape of the saved tensor, `View` of the piece there, the piece)."""
+    layout = bucket.layout
+    for name, flat in moments(bucket):
+        for view, X in zip(layout.views, flat_views(layout, flat, bucket.params), strict=True):
+            yield name, tuple(bucket.shapes[view.param]), view, X
+    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=False):
+        for name, d, matrices in preconditioner.tensors():
             for grid in grids:
-                rows = slice(grid.first, grid.first + grid.size)
-                yield grid.param, f"{name}.{grid.number}.{d}", rows, X[grid.row : grid.row + grid.size]
+                X = matrices[grid.row : grid.row + grid.size]
+                view = View(grid.param, tuple(X.shape), X.stride(), grid.first * X.stride(0))
+                yield f"{name}.{grid.number}.{d}", (grid.total, *X.shape[1:]), view, X
 
 
-def zero_shards(bucket: Bucket, device: torch.device, ranks: Ranks) -> list[Bucket]:
+def place(view: View, X: Tensor) -> Tensor:
+    """Return the piece of a contiguous tensor that the `View` describes."""
+    return X.as_strided(view.shape, view.stride, X.storage_offset() + view.offset)
+
+
+def zero_shards(bucket: Bucket, device: str, ranks: Ranks) -> list[Bucket]:
     """Return each rank's counterpart of this bucket, all zeros, on `device`."""
-    return [replace(bucket, device=device, rank=r) for r in range(ranks.size)]
+    return [replace(bucket, device=torch.device(device), rank=r) for r in range(ranks.size)]
 
 
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
-    """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective.
+    """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective, except on one rank.
 
-    Return found[bucket][rank] there, and [] on other ranks.
+    Return found[bucket][rank] there, and [] on other ranks. With one rank, these are the buckets themselves.
     """
+    if ranks.size == 1:
+        return [[bucket] for bucket in buckets]
     receives = to in (None, ranks.rank)
-    collected = []
-    for own in buckets:
-        shards = zero_shards(own, torch.device("cpu" if receives else "meta"), ranks)
+    collected = [zero_shards(bucket, "cpu" if receives else "meta", ranks) for bucket in buckets]
+    for own, shards in zip(buckets, collected, strict=True):
         for owner, shard in enumerate(shards):
             shard.steps = list(own.steps)
-            sources = tensors(own) if owner == ranks.rank else [None] * len(tensors(shard))
-            for source, X in zip(sources, tensors(shard), strict=True):
-                transfer(source, X, owner, own.device, ranks, to)
-        collected.append(shards)
+            for source, X in zip(tensors(own if owner == ranks.rank else shard), tensors(shard), strict=True):
+                X.copy_(transfer(source, owner, own.device, ranks, to))
     return collected if receives else []
 
 
-def transfer(source: Any, X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> None:
-    """Copy `source` on rank `owner` to X on rank `to`, or on all ranks if None; other ranks pass None as `source`.
+def transfer(X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> Tensor:
+    """Return X of rank `owner` on rank `to`, or on all ranks if None; on other ranks, X gives the shape and dtype alone.
 
-    The tensor is sent between ranks on `device`, which the process group's backend must support; X may be on another device.
+    The tensor is sent between ranks on `device`, which the process group's backend must support.
     """
+    buffer = X if owner == ranks.rank else torch.empty_like(X, device=device)
+    root = dist.get_global_rank(ranks.group, owner)
     if to is None:
-        buffer = torch.empty_like(X, device=device) if source is None else source
-        dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        X.copy_(buffer)
-    elif owner == to == ranks.rank:
-        X.copy_(source)
-    elif owner == ranks.rank:
-        dist.send(source, dist.get_global_rank(ranks.group, to), ranks.group)
-    elif to == ranks.rank:
-        buffer = torch.empty_like(X, device=device)
-        dist.recv(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
-        X.copy_(buffer)
+        dist.broadcast(buffer, root, ranks.group)
+    elif owner == ranks.rank != to:
+        dist.send(buffer, dist.get_global_rank(ranks.group, to), ranks.group)
+    elif owner != ranks.rank == to:
+        dist.recv(buffer, root, ranks.group)
+    return buffer
 
 
 def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]:
@@ -91,18 +100,15 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
     """
     state: dict[Tensor, dict[str, Tensor]] = {}
     for shards in buckets:
-        params, layouts = shards[0].params, shards[0].layouts[: len(shards)]
-        for p, steps in zip(params, shards[0].steps, strict=True):
-            state[p] = {"step": torch.tensor(float(steps))}
-        for named in zip(*map(moments, shards), strict=True):
-            for p, shape, X in zip(params, shards[0].shapes, assemble(layouts, [flat for _, flat in named]), strict=True):
-                state[p][named[0][0]] = X.view(shape)
-        parts: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        for i, key, rows, X in chain(*map(saved_blocks, shards)):
-            parts.setdefault((i, key), []).append((rows.start, X))
-        for (i, key), found in parts.items():
-            in_order = [X for _, X in sorted(found, key=lambda part: part[0])]
-            state[params[i]][key] = in_order[0] if len(in_order) == 1 else torch.cat(in_order)
+        params = shards[0].params
+        state |= {p: {"step": torch.tensor(float(steps))} for p, steps in zip(params, shards[0].steps, strict=True)}
+        for key, shape, view, X in chain(*map(pieces, shards)):
+            entry = state[params[view.param]]
+            whole = X.numel() == prod(shape) and X.as_strided(view.shape, view.stride).is_contiguous()
+            if key not in entry:
+                entry[key] = X.view(shape) if whole else X.new_empty(shape)
+            if not whole:
+                place(view, entry[key]).copy_(X)
     return state
 
 
@@ -123,37 +129,37 @@ def pack_state_dict(
     }
 
 
-def is_zero(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether a state_dict has no element that is not zero in its state."""
-    entries = (entry for entry in state_dict["state"].values() if isinstance(entry, dict))
-    return not any(bool(X.any()) for entry in entries for X in entry.values() if isinstance(X, Tensor))
+def is_zero(entries: Mapping[Any, Any]) -> bool:
+    """Return whether no tensor in the entries of a state has an element that is not zero."""
+    values = chain(*(entry.values() for entry in entries.values() if isinstance(entry, dict)))
+    return not any(bool(X.any()) for X in values if isinstance(X, Tensor))
 
 
 def unpack(
-    buckets: Sequence[Bucket], saved: Mapping[Tensor, ParameterState], names: dict[Tensor, str], late: Sequence[str] = ()
-) -> None:
-    """Copy the state of each parameter into new buckets, converted to their dtypes.
+    groups: Sequence[Group], saved: Mapping[Tensor, ParameterState], ranks: Ranks, late: Sequence[str] = ()
+) -> list[Bucket]:
+    """Return this rank's buckets for these groups with the state of each parameter, converted to their dtypes.
 
-    A parameter without an entry, or with an empty one, starts at zero, and so does missing state whose name is in `late`.
-    Raises ValueError, naming the parameter, if other state is missing, or if any has the wrong type, shape, or values.
+    A parameter without state starts at zero, and so does missing state whose name is in `late`. Raises ValueError, naming the
+    parameter, if other state is missing, or if any has the wrong type, shape, or values; if `late` is empty, also for a
+    parameter without state, unless it is frozen: torch.distributed.checkpoint leaves those out.
     """
+    names, buckets = parameter_names(groups), make_buckets(groups, ranks.rank, ranks.size)
 
+    @cache
     def find(p: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a parameter's saved tensor in this dtype. Raises ValueError unless it is valid."""
+        """Return a parameter's saved tensor in this dtype, contiguous. Raises ValueError unless it is valid."""
         X = lookup(saved[p], key)
         if X is None and key.split(".")[0] in late:
             return torch.zeros(shape)
-        words = f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be "
-        if X is None:
+        dense = isinstance(X, Tensor) and X.is_floating_point() and X.layout == torch.strided and not X.is_meta
+        if not dense or (X.shape != shape and (saved[p]["step"] or X.any())):
             raise ValueError(
-                f"{words}a tensor: is it another optimizer's, or did an option change? Keys: {', '.join(saved[p])}"
+                f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be a dense floating-point tensor of "
+                f"shape {shape}: if it is another optimizer's, or the parameter or an option such as block_size changed, undo "
+                "that or delete the parameter's state"
             )
-        if not isinstance(X, Tensor) or not X.is_floating_point() or X.layout != torch.strided or X.is_meta:
-            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}")
-        if X.shape != shape and (saved[p]["step"] or X.any()):
-            changed = "if the parameter or an option such as block_size changed, undo that or delete the parameter's state"
-            raise ValueError(f"{words}a dense floating-point tensor of shape {shape}: {changed}")
-        X = X.to(dtype) if X.shape == shape else torch.zeros(shape)
+        X = X.to(dtype).contiguous() if X.shape == shape else torch.zeros(shape)
         if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
             kinds = "finite and nonnegative" if key == "exp_avg_sq" else "finite"
             raise ValueError(f"the state of {names[p]} has elements of {key} that are not {kinds}")
@@ -164,18 +170,15 @@ def unpack(
         for i, p in enumerate(bucket.params):
             if kept[i]:
                 bucket.steps[i] = read_steps(saved[p].get("step"), names[p])
-        for name, flat in moments(bucket):
-            found = [find(p, name, tuple(p.shape), flat.dtype) if kept[i] else None for i, p in enumerate(bucket.params)]
-            contiguous = [None if X is None else X.contiguous() for X in found]
-            copy(flat_views(bucket.layout, flat, found), grid_views(bucket.layout, contiguous))
-        count: Counter[tuple[int, str]] = Counter()  # blocks of each grid, over all ranks
-        for grid in chain(*(grids for layout in bucket.layouts for grids in layout.grids)):
-            count[grid.param, str(grid.number)] += grid.size
-        for i, key, rows, X in saved_blocks(bucket):
-            if kept[i]:
-                X.copy_(find(bucket.params[i], key, (count[i, key.split(".")[1]], *X.shape[1:]), bucket.dtype)[rows])
+            elif p.requires_grad and not late:
+                keys = ", ".join(("step", *dict(moments(bucket))))
+                raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
+        for key, shape, view, X in pieces(bucket):
+            if kept[view.param]:
+                X.copy_(place(view, find(bucket.params[view.param], key, shape, bucket.dtype)))
         for preconditioner in bucket.preconditioners if any(kept) else ():
             preconditioner.find_rootless()
+    return buckets
 
 
 def lookup(entry: Any, key: str) -> Any:
@@ -187,31 +190,17 @@ def lookup(entry: Any, key: str) -> Any:
     return entry
 
 
-def read(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], ranks: Ranks
-) -> tuple[list[Group], list[Bucket], dict[Any, ParameterState]]:
-    """Return the groups of a state_dict, this rank's buckets with its state, and foreign state by parameter or other key.
-
-    Raises ValueError if the state_dict does not fit `groups`, the optimizer's.
-    """
-    found, state = match_groups(state_dict, groups)
-    names, buckets = parameter_names(found), make_buckets(found, ranks.rank, ranks.size)
-    members = [(bucket, p) for bucket in buckets for p in bucket.params]
-    for bucket, p in members:
-        # torch.distributed.checkpoint leaves out the state of frozen parameters.
-        if p.requires_grad and not any(is_own(bucket, key) for key in state.get(p, ())):
-            keys = ", ".join(("step", *dict(moments(bucket))))
-            raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
-    unpack(buckets, state, names)
-    for bucket, p in members:
-        foreign = {key: x for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
-        state[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in foreign.items()}
-    return found, buckets, state
+def foreign(buckets: Sequence[Bucket], entries: Mapping[Any, ParameterState]) -> dict[Any, ParameterState]:
+    """Return copies of the foreign keys of each parameter's entry, on its device, and the entries of no parameter."""
+    found = dict(entries)
+    for bucket in buckets:
+        for p in bucket.params:
+            others = {key: x for key, x in entries.get(p, {}).items() if not is_own(bucket, key)}
+            found[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in others.items()}
+    return found
 
 
-def match_groups(
-    state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]
-) -> tuple[list[Group], dict[Any, ParameterState]]:
+def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, ParameterState]]:
     """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
 
     Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,
@@ -236,8 +225,7 @@ def match_groups(
         if missing:
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
-    for group in found:
-        check_group(group)
+    check_groups(found)
     params = dict(zip(chain(*keys), chain(*(group["params"] for group in found)), strict=True))
     state = {params.get(key, key): entry for key, entry in entries.items()}
     for group in found if version == 1 else ():

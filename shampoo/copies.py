@@ -1,10 +1,10 @@
 """Convert between parameters, flat vectors, and stacks, by views and copies. `blocks.Layout` says where each block is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,11 +57,9 @@ def load(
 
     Elements of parameters whose tensor is None are 0.
     """
-    found, complete = [], True
-    for X in tensors:
-        found.append(None if X is None else X.contiguous())
-        complete = complete and X is not None
-    flat = (torch.empty if complete else torch.zeros)(layout.numel, dtype=dtype, device=device)
+    found = [None if X is None else X.contiguous() for X in tensors]
+    make = torch.zeros if any(X is None for X in tensors) else torch.empty
+    flat = make(layout.numel, dtype=dtype, device=device)
     views = flat_views(layout, flat, tensors)
     copy(views, grid_views(layout, found))
     return flat, views
@@ -75,20 +73,12 @@ def spread(layout: Layout, values: Sequence[float], dtype: torch.dtype, device: 
     return flat
 
 
-def assemble(layouts: Sequence[Layout], flats: Sequence[Tensor]) -> list[Tensor]:
-    """Return each parameter's tensor in its merged shape, given all ranks' flat vectors: the inverse of `load`.
-
-    The tensor is a view if the parameter is contiguous in a single rank's flat vector; otherwise it is a copy.
-    """
-    found: list[Tensor | None] = [None] * len(layouts[0].shapes)
-    if len(layouts) == 1:
-        for part, grid in zip(torch.split_with_sizes(flats[0], layouts[0].lengths), chain(*layouts[0].grids), strict=True):
-            shape = layouts[0].shapes[grid.param]
-            found[grid.param] = part.view(shape) if grid.size == grid.counts[0] and part.numel() == prod(shape) else None
-    copies = [flats[0].new_empty(shape) if X is None else None for X, shape in zip(found, layouts[0].shapes, strict=True)]
-    for layout, flat in zip(layouts, flats, strict=True):
-        copy(grid_views(layout, copies), flat_views(layout, flat, copies))
-    return [X if copied is None else copied for X, copied in zip(found, copies, strict=True)]  # type: ignore[misc]
+def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+    """Return (result, None), or (None, error) if the call raises, so that collectives that other ranks wait in come first."""
+    try:
+        return act(*arguments), None
+    except Exception as error:
+        return None, error
 
 
 @lru_cache(maxsize=256)
@@ -122,24 +112,19 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
     """
     grads: list[Tensor | None] = []
     weights: list[Tensor | None] = []
-    in_place, failure = True, None
+    in_place, failures = True, []
     for p in params:
         G, W, plain = p.grad, p, p.is_contiguous()
         if hasattr(p, "full_tensor"):
             plain = False
-            try:
-                G = full_gradient(p)
-            except Exception as error:
-                failure = error  # raised below, after the collectives that follow, in which other ranks wait
-            try:
-                W = full_tensor(p) if decay else p
-            except Exception as error:
-                failure = error
+            G, no_gradient = attempt(full_gradient, p)
+            W, no_weights = attempt(full_tensor, p) if decay else (p, None)
+            failures += [error for error in (no_gradient, no_weights) if error]
         grads.append(G)
         weights.append(W.contiguous() if G is not None and (plain or decay) else None)
         in_place = in_place and (plain or G is None)
-    if failure is not None:
-        raise failure
+    if failures:  # raised after all collectives, in which other ranks wait
+        raise failures[0]
     return Inputs(grads, [grid_views(layout, weights) for layout in layouts], in_place)
 
 

@@ -1,42 +1,50 @@
-"""The type of a parameter group: a misspelled option is a type error."""
+"""The options of a parameter group, each with its type and its rule: a misspelled option is a type error."""
 
-from typing import TypedDict
+from typing import Annotated, TypedDict, get_type_hints
 
 from torch import Tensor
+
+from .grafting import GRAFTING
+from .preconditioner import PRECONDITIONERS
+from .roots import SOLVERS
+from .rules import BOOL, EXPONENT, NONE, Rule, either, integer, one_of, pair, real, scalar
 
 
 class Options(TypedDict):
     """The options of a parameter group; `AdamWShampoo` documents them."""
 
-    lr: float | Tensor
-    maximize: bool
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decoupled_weight_decay: bool
-    momentum: float
-    nesterov: bool
-    nadam: bool
-    bias_correction: bool
-    block_size: int
-    merge_dims: bool
-    max_dim: int
-    precondition_frequency: int
-    factor_frequency: int
-    start_preconditioning_step: int | None
-    preconditioner: str
-    exponents: float | tuple[float, float] | None
-    exponent_multiplier: float
-    grafting: str
-    grafting_beta2: float | None
-    grafting_eps: float
-    normalized_grafting: bool
-    relative_eps: bool
-    solver: str
-    qr_tolerance: float
-    stagger: bool
-    precondition_vectors: bool
-    bf16_roots: bool
+    lr: Annotated[float | Tensor, either(real(0), scalar(real(0)))]
+    maximize: Annotated[bool, BOOL]
+    betas: Annotated[tuple[float, float], pair(real(0, 1, below=True), real(0, 1))]
+    eps: Annotated[float, real(0, above=True)]
+    weight_decay: Annotated[float, real(0)]
+    decoupled_weight_decay: Annotated[bool, BOOL]
+    momentum: Annotated[float, real(0, 1, below=True)]
+    nesterov: Annotated[bool, BOOL]
+    nadam: Annotated[bool, BOOL]
+    bias_correction: Annotated[bool, BOOL]
+    block_size: Annotated[int, integer(1)]
+    merge_dims: Annotated[bool, BOOL]
+    max_dim: Annotated[int, integer(1)]
+    precondition_frequency: Annotated[int, integer(1)]
+    factor_frequency: Annotated[int, integer(1)]
+    start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
+    preconditioner: Annotated[str, one_of(*PRECONDITIONERS)]
+    exponents: Annotated[float | tuple[float, float] | None, either(EXPONENT, pair(EXPONENT, EXPONENT), NONE)]
+    exponent_multiplier: Annotated[float, real(0)]
+    grafting: Annotated[str, one_of(*GRAFTING)]
+    grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
+    grafting_eps: Annotated[float, real(0)]
+    normalized_grafting: Annotated[bool, BOOL]
+    relative_eps: Annotated[bool, BOOL]
+    solver: Annotated[str, one_of(*SOLVERS)]
+    qr_tolerance: Annotated[float, real(0, 1)]
+    stagger: Annotated[bool, BOOL]
+    precondition_vectors: Annotated[bool, BOOL]
+    bf16_roots: Annotated[bool, BOOL]
+
+
+OPTIONS: dict[str, Rule] = {name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()}
 
 
 class Group(Options):

@@ -17,21 +17,22 @@ Names = Callable[[], dict[Tensor, str]]  # returns parameter names for error mes
 logger = logging.getLogger("shampoo")
 
 
-class HostCopy:
-    """An asynchronous copy of a tensor to the host."""
+def copy_to_host(x: Tensor) -> Callable[[], Any]:
+    """Start to copy a tensor to the host, and return a function that waits for the copy and returns its elements as a list.
 
-    def __init__(self, x: Tensor):
-        self._copy, self._copied = x.to("cpu", non_blocking=x.is_cuda), None
-        if x.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+    One step later, the copy is usually done already.
+    """
+    if not x.is_cuda:
+        return x.tolist
+    copy, copied = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
 
-    def read(self) -> list[Any]:
-        """Wait for the copy and return its elements as a list. One step later, the copy is usually done already."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        elements: list[Any] = self._copy.tolist()
-        return elements
+    def read() -> Any:
+        """Wait for the copy and return its elements."""
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def waits(x: Tensor) -> bool:
@@ -51,7 +52,9 @@ class Health:
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
-        self.norms: list[tuple[list[Tensor], HostCopy]] = []  # of a step not counted yet: parameters, gradient norms
+        self.norms: list[
+            tuple[Sequence[Tensor], Callable[[], Any]]
+        ] = []  # of a step not counted yet: parameters, gradient norms
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
         """Compute the norms of all gradients, for `count`; return a scalar bool tensor, True if all norms are finite.
@@ -61,19 +64,17 @@ class Health:
         """
         self.norms, norms = [], []
         for bucket, of_bucket in zip(buckets, inputs, strict=True):
-            params, grads = [], []
-            for p, G in zip(bucket.params, of_bucket.grads, strict=True):
-                if G is not None:
-                    params.append(p)
-                    grads.append(G)
-                    if G.layout != torch.strided or G.is_complex() or G.is_meta:
-                        raise RuntimeError(
-                            f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype} on {G.device}; it must be "
-                            "dense and real (for an embedding: sparse=False)"
-                        )
-            if grads:
+            found = [(p, G) for p, G in zip(bucket.params, of_bucket.grads, strict=True) if G is not None]
+            for p, G in found:
+                if G.layout != torch.strided or G.is_complex() or G.is_meta:
+                    raise RuntimeError(
+                        f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype} on {G.device}; it must be "
+                        "dense and real (for an embedding: sparse=False)"
+                    )
+            if found:
+                params, grads = zip(*found, strict=True)
                 norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))
-                self.norms.append((params, HostCopy(norms[-1])))
+                self.norms.append((params, copy_to_host(norms[-1])))
         if not any(map(waits, norms)):
             return None
         return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
@@ -87,7 +88,7 @@ class Health:
         if not self.norms:
             return False
         newest, self.norms = self.norms, []
-        bad = [p for params, norms in newest for p, norm in zip(params, norms.read(), strict=True) if not isfinite(norm)]
+        bad = [p for params, norms in newest for p, norm in zip(params, norms(), strict=True) if not isfinite(norm)]
         if not bad:
             self.consecutive = 0
             return False

@@ -3,43 +3,39 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .grafting import GRAFTING
-from .options import BOOL, OPTIONS, Rule, check_value, integer, one_of, real
+from .group import OPTIONS
+from .rules import Rule, check_value, integer, one_of, real
 from .schedule import TAILS
+
+# Keys that are options of the optimizer with the same rule. Weight decay is decoupled; `exponents` overrides inverse_root.
+SAME = (
+    "weight_decay", "nesterov", "nadam", "block_size", "precondition_frequency", "exponent_multiplier", "grafting",
+    "normalized_grafting",
+)  # fmt: skip
+SAME_OPTIONAL = (
+    "exponents", "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
+)  # fmt: skip
 
 POINT: dict[str, Rule] = {
     "learning_rate": real(0, above=True),
     "one_minus_beta1": real(0, 1, above=True),  # beta1 = betas[0]; 1: do not average gradients
     "one_minus_beta2": real(0, 1),  # beta2 = betas[1]; 0: factors are plain sums
     "epsilon": real(0, above=True),
-    "weight_decay": real(0),  # decoupled
     "one_minus_momentum": real(0, 1, above=True),  # 1: no momentum
-    "nesterov": BOOL,
-    "nadam": BOOL,
-    "block_size": integer(1),
-    "precondition_frequency": integer(1),
     "start_preconditioning_step": integer(0),  # 0: precondition_frequency
     "inverse_root": integer(0),  # r: exponent 1/r for every dimension; 0: 1/(2k) for a block of order k
-    "exponent_multiplier": real(0),
-    "grafting": one_of(*GRAFTING),
     "grafting_epsilon": real(0),
-    "normalized_grafting": BOOL,
     "warmup_factor": real(0, 1),  # fraction of the schedule's steps
     "step_hint_factor": real(0, above=True),  # number of the schedule's steps over the workload's step hint
     "schedule_tail": one_of(*TAILS),
     "label_smoothing": real(0, 1, below=True),
     "dropout_rate": real(0, 1, below=True),
+    **{name: OPTIONS[name] for name in SAME},
 }
 OPTIONAL: dict[str, Rule] = {
     "grad_clip": real(0, above=True),  # maximum norm of all gradients together
-    "exponents": OPTIONS["exponents"],  # overrides inverse_root
-    **{
-        name: OPTIONS[name]
-        for name in (
-            "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
-        )
-    },
-}  # fmt: skip
+    **{name: OPTIONS[name] for name in SAME_OPTIONAL},
+}
 
 
 def check_point(point: Mapping[str, Any]) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
-from . import options
 from .bucketed import BucketedOptimizer
-from .copies import Inputs, flat_views, move, read
-from .ranks import attempt, exchange_all
+from .copies import Inputs, attempt, flat_views, move, read
+from .group import OPTIONS
+from .options import plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -116,7 +116,7 @@ class AdamWShampoo(BucketedOptimizer):
         max_skipped_steps: int = 100,
         process_group: Any = None,
     ):
-        defaults = {name: options.plain(value) for name, value in locals().items() if name in options.OPTIONS}
+        defaults = {name: plain(value) for name, value in locals().items() if name in OPTIONS}
         super().__init__(params, defaults, exchange_dtype, max_skipped_steps, process_group)
 
     @property
@@ -131,18 +131,15 @@ class AdamWShampoo(BucketedOptimizer):
         # 1. Loss and gradients
         loss, error = attempt(torch.enable_grad()(closure)) if closure else (None, None)
         moving = {id(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])}
-        if self._exchanges or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
+        if self._ranks.size > 1 or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
             self._start_step()
         inputs: list[Inputs] = []
         for bucket in self._buckets:
-            try:
-                inputs.append(read(bucket.params, bucket.layouts, bucket.group["weight_decay"]))
-            except Exception as failure:
-                error = failure
+            found, failure = attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+            inputs, error = [*inputs, found], error or failure
 
         # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
-        directions: list[Tensor] = []
-        views: list[list[list[Tensor]]] = []  # [bucket][rank][grid]
+        directions: list[tuple[Tensor, list[Tensor]]] = []  # P and its `flat_views`
         skip = error is not None
         try:
             if not skip:
@@ -150,26 +147,29 @@ class AdamWShampoo(BucketedOptimizer):
                 skip = finite is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                P, grids = compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), [])
-                directions, views = [*directions, P], [*views, [grids]]
+                directions.append(compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), []))
             for group in self.param_groups if not skip else ():
                 group["step"] += id(group) in moving
-        except Exception as failure:
-            error, skip = failure, True
+        except Exception as failed:
+            error, skip = failed, True
 
         # 3. Directions of all ranks
-        gathered = self._exchange(directions, [skip, error is not None]) if self._exchanges else []
+        gathered: list[list[Tensor]] = []  # [bucket][rank]
+        if self._exchange is not None:
+            gathered = self._exchange.run([P for P, _ in directions] if not skip else [], [skip, error is not None])
         if error is not None:
             raise error  # other ranks raise at their next step
 
         # 4. Weights. A rank that fails here joins the next exchange of the others, so that they hear of it
         try:
-            if gathered and not skip:
-                views = self._views_of_ranks(gathered, inputs)
-            for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, views, strict=True) if not skip else ():
+            for i, (bucket, of_bucket) in enumerate(zip(self._buckets, inputs, strict=True)) if not skip else ():
                 if bucket.unusual:
                     self._health.report(bucket, self._names)
-                move(bucket.params, bucket.layouts, of_bucket, of_ranks, float(bucket.group["lr"]))
+                views = [directions[i][1]]
+                if gathered:
+                    of_ranks = zip(bucket.layouts, gathered[i], strict=True)
+                    views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
+                move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:
             self._join_next_exchange()
             raise
@@ -177,23 +177,9 @@ class AdamWShampoo(BucketedOptimizer):
             self._shown.write()
         return loss
 
-    def _exchange(self, directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
-        """Return all ranks' directions [bucket][rank], given this rank's, zeros on skip, and its flags [skip, failed]."""
-        if flags[0]:
-            directions = [bucket.zeros() for bucket in self._buckets]
-        return exchange_all(self._exchanges, directions, flags)
-
-    def _views_of_ranks(self, gathered: list[list[Tensor]], inputs: list[Inputs]) -> list[list[list[Tensor]]]:
-        """Return the `flat_views` [bucket][rank][grid] of all ranks' directions."""
-        found = []
-        for bucket, of_bucket, of_ranks in zip(self._buckets, inputs, gathered, strict=True):
-            pairs = zip(bucket.layouts, of_ranks, strict=True)
-            found.append([flat_views(layout, P.to(bucket.dtype), of_bucket.grads) for layout, P in pairs])
-        return found
-
     def _join_next_exchange(self) -> None:
         """Take part in the other ranks' next step as a rank that failed."""
-        if self._exchanges:
+        if self._exchange is not None:
             for bucket in self._buckets:
                 attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-            attempt(self._exchange, [], [True, True])
+            attempt(self._exchange.run, [], [True, True])

@@ -1,8 +1,7 @@
-"""Allowed values of the optimizer's options, and checks of options and parameters."""
+"""Checks of options, parameter groups, and parameters, and how error messages name them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -11,92 +10,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .blocks import merged_shape
-from .grafting import GRAFTING
-from .group import Options
-from .preconditioner import PRECONDITIONERS, block_exponents
+from .group import OPTIONS, Options
+from .preconditioner import block_exponents
 from .roots import SOLVERS
-from .update import LARGEST
+from .rules import check_value, integer
 
-Rule = tuple[Callable[[Any], bool], str]  # (whether a value is allowed, description of allowed values)
-
-
-def real(low: float, high: float = inf, *, above: bool = False, below: bool = False) -> Rule:
-    """Allow numbers in [low, high], excluding low if `above` and high if `below`, of magnitude at most LARGEST (1e38)."""
-
-    def allowed(x: Any) -> bool:
-        """Return whether x is such a number, and not a bool."""
-        number = isinstance(x, Real) and not isinstance(x, bool) and bool(-LARGEST <= x <= LARGEST)  # type: ignore[operator]
-        return number and low <= x <= high and not (above and x == low) and not (below and x == high)
-
-    return allowed, f"a number {'>' if above else '>='} {low} and {'<' if below else '<='} {min(high, LARGEST)}"
-
-
-def integer(low: int) -> Rule:
-    """Allow integers >= low, but not bool."""
-    return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= low, f"an integer >= {low}"
-
-
-def one_of(*values: Any) -> Rule:
-    """Allow these values; types must match, so 1 is not True."""
-    return lambda x: any(type(x) is type(v) and x == v for v in values), "one of " + ", ".join(map(repr, values))
-
-
-def scalar(rule: Rule) -> Rule:
-    """Allow tensors of one element that the rule allows."""
-    return lambda x: isinstance(x, Tensor) and x.numel() == 1 and rule[0](x.item()), f"a tensor of one element, {rule[1]}"
-
-
-def pair(first: Rule, second: Rule) -> Rule:
-    """Allow tuples and lists of two values, each allowed by its rule."""
-    return (
-        lambda x: isinstance(x, (tuple, list)) and len(x) == 2 and first[0](x[0]) and second[0](x[1]),
-        f"a pair: {first[1]}, and {second[1]}",
-    )
-
-
-def either(*rules: Rule) -> Rule:
-    """Allow what any of the rules allows."""
-    return lambda x: any(allowed(x) for allowed, _ in rules), ", or ".join(words for _, words in rules)
-
-
-NONE: Rule = (lambda x: x is None, "None")
-BOOL: Rule = one_of(True, False)
-EXPONENT: Rule = real(0)
-
-OPTIONS: dict[str, Rule] = {
-    "lr": either(real(0), scalar(real(0))),
-    "maximize": BOOL,
-    "betas": pair(real(0, 1, below=True), real(0, 1)),
-    "eps": real(0, above=True),
-    "weight_decay": real(0),
-    "decoupled_weight_decay": BOOL,
-    "momentum": real(0, 1, below=True),
-    "nesterov": BOOL,
-    "nadam": BOOL,
-    "bias_correction": BOOL,
-    "block_size": integer(1),
-    "merge_dims": BOOL,
-    "max_dim": integer(1),
-    "precondition_frequency": integer(1),
-    "factor_frequency": integer(1),
-    "start_preconditioning_step": either(integer(1), NONE),
-    "preconditioner": one_of(*PRECONDITIONERS),
-    "exponents": either(EXPONENT, pair(EXPONENT, EXPONENT), NONE),
-    "exponent_multiplier": real(0),
-    "grafting": one_of(*GRAFTING),
-    "grafting_beta2": either(real(0, 1), NONE),
-    "grafting_eps": real(0),
-    "normalized_grafting": BOOL,
-    "relative_eps": BOOL,
-    "solver": one_of(*SOLVERS),
-    "qr_tolerance": real(0, 1),
-    "stagger": BOOL,
-    "precondition_vectors": BOOL,
-    "bf16_roots": BOOL,
-}
-# Options of the whole optimizer, not of a group.
-EXCHANGE_DTYPE = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SKIPPED_STEPS = integer(1)
 # Options of other torch optimizers that groups may have only if they are off, and why.
 NOT_NEEDED = {
     "amsgrad": "AdamWShampoo has no counterpart",
@@ -121,42 +39,28 @@ def plain(x: Any) -> Any:
     return int(x) if isinstance(x, Integral) else float(x)
 
 
-def check_value(name: str, value: Any, rule: Rule) -> None:
-    """Raise ValueError, with the name, the value, and what is allowed, unless the rule allows the value."""
-    allowed, words = rule
-    if not allowed(value):
-        raise ValueError(f"{name} is {value!r}; it must be {words}")
-
-
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check all groups with `check_group`."""
+    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
     params = Counter(p for group in groups for p in group["params"])
+    rules = {**OPTIONS, "step": integer(0)}
     for k, group in enumerate(groups):
-        if missing := OPTIONS.keys() - group.keys():
+        if missing := rules.keys() - group.keys():
             raise ValueError(
                 f"group {k} lacks {', '.join(sorted(missing))}; add groups with add_param_group(), which fills in defaults"
             )
-        check_group(group)
+        check_names(group)
+        for name, rule in rules.items():
+            check_value(name, group[name], rule)
         for i, p in enumerate(group["params"]):
+            if not isinstance(p, Tensor):
+                raise ValueError(f"params of a parameter group holds {p!r}; it must hold tensors")
+            name = parameter_name(group, i)
+            check_parameter(p, name)
             if params[p] > 1:
-                raise ValueError(
-                    f"{parameter_name(group, i)} of group {k} appears {params[p]} times in param_groups; keep it once"
-                )
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
-    check_names(group)
-    for name, rule in OPTIONS.items():
-        check_value(name, group[name], rule)
-    check_value("step", group["step"], integer(0))
-    for i, p in enumerate(group["params"]):
-        if not isinstance(p, Tensor):
-            raise ValueError(f"params of a parameter group holds {p!r}; it must hold tensors")
-        check_parameter(p, parameter_name(group, i))
-        if not is_lazy(p):
-            order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
-            SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
+                raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
+            if not is_lazy(p):
+                order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
+                SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
 
 
 def check_names(group: Mapping[str, Any]) -> None:

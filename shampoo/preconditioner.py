@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .group import Options
 from .roots import SOLVERS, inverse_root
 from .update import accumulate
+
+if TYPE_CHECKING:  # `group` needs PRECONDITIONERS
+    from .group import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
 
@@ -24,7 +27,7 @@ class Kronecker:
     NAMES = ("factors", "inv_roots", "eigvecs")
 
     def __init__(
-        self, stack: Sequence[int], exponents: tuple[float, ...], options: Options, dtype: torch.dtype, device: torch.device
+        self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
     ):
         def matrices(dtype: torch.dtype, needed: bool = True) -> list[Tensor | None]:
             """Return zeros (B, d, d) for each dimension with a factor if `needed`, None for the others."""
@@ -34,7 +37,6 @@ class Kronecker:
             ]
 
         blocks, *block = stack
-        SOLVERS[options["solver"]].check(exponents)
         self.exponents = exponents
         self.factors = matrices(dtype)
         self.inv_roots = matrices(torch.bfloat16 if options["bf16_roots"] else dtype)
@@ -56,7 +58,7 @@ class Kronecker:
             else:
                 accumulate(A, U.mT @ U, beta2, present)
 
-    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: Options) -> list[tuple[int, str]]:
+    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: "Options") -> list[tuple[int, str]]:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
@@ -103,7 +105,7 @@ class Kronecker:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
     @staticmethod
-    def cost(block: Sequence[int], exponents: tuple[float, ...], options: Options) -> float:
+    def cost(block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
         """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
         For each factor of size d: 2 n d to apply its root, 2 n d / factor_frequency to update it, and about
@@ -116,7 +118,7 @@ class Kronecker:
 PRECONDITIONERS = {"shampoo": Kronecker}
 
 
-def block_exponents(order: int, options: Options) -> tuple[float, ...]:
+def block_exponents(order: int, options: "Options") -> tuple[float, ...]:
     """Return the exponent of each factor's inverse root for a block of order k; in the paper, 1/p and 1/q.
 
     If `exponents` is None, each is 1/(2k); if it is a number, each is that number. For a pair (left, right), the first

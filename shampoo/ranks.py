@@ -5,14 +5,15 @@ applies them to its weights. `assignment` decides which rank owns which block.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress, zip_longest
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .health import HostCopy
+from .health import copy_to_host
 from .state import Bucket
 
 if dist.is_available():
@@ -51,16 +52,7 @@ def find_ranks(process_group: Any) -> Ranks:
             f"process_group is {process_group!r}; it must be a ProcessGroup that this process is in, a one-dimensional "
             "DeviceMesh, or None"
         )
-    size = dist.get_world_size(process_group)
-    return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else ALONE
-
-
-def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """Return (result, None), or (None, error) if the call raises, so that `agree` can tell other ranks of the error first."""
-    try:
-        return act(*arguments), None
-    except Exception as error:
-        return None, error
+    return Ranks(process_group, process_group.rank(), process_group.size()) if process_group.size() > 1 else ALONE
 
 
 def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
@@ -85,8 +77,7 @@ def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> 
 
 def first_difference(descriptions: list[list[str]]) -> str:
     """Return an error message with the first line in which the ranks' descriptions differ."""
-    longest = max(map(len, descriptions))
-    lines = zip(*(lines + ["nothing"] * (longest - len(lines)) for lines in descriptions), strict=True)
+    lines = zip_longest(*descriptions, fillvalue="nothing")
     differing = next(line for line in lines if len(set(line)) > 1)
     other = next(r for r, text in enumerate(differing) if text != differing[0])
     return (
@@ -96,32 +87,34 @@ def first_difference(descriptions: list[list[str]]) -> str:
 
 
 class Exchange:
-    """One all-gather per step for the buckets of one device and dtype, and its buffers.
+    """The all-gather of each step on multiple ranks, and its buffers.
 
     Each rank sends its directions, concatenated and padded to the size of the largest rank's, and then flags of 0 or 1: for
     each parameter, whether it has a gradient on this rank; whether this rank skips the step; and whether this rank failed.
 
     Args:
-        buckets: by index among the optimizer's buckets.
         names: parameter names for error messages.
-        dtype: dtype of the buffers, to which directions are rounded.
+        dtype: dtype of the buffers, to which directions are rounded; None: the widest of the buckets'.
     """
 
-    def __init__(self, ranks: Ranks, buckets: dict[int, Bucket], names: dict[Tensor, str], dtype: torch.dtype):
+    def __init__(self, ranks: Ranks, buckets: list[Bucket], names: dict[Tensor, str], dtype: torch.dtype | None):
         self._ranks, self._buckets = ranks, buckets
-        self._names = [names[p] for bucket in buckets.values() for p in bucket.params]
-        self._lengths = [[bucket.layouts[r].numel for bucket in buckets.values()] for r in range(ranks.size)]
+        self._names = [names[p] for bucket in buckets for p in bucket.params]
+        self._lengths = [[bucket.layouts[r].numel for bucket in buckets] for r in range(ranks.size)]
         width = max(map(sum, self._lengths)) + len(self._names) + 2
-        device = next(iter(buckets.values())).device
-        self._sent = torch.zeros(width, dtype=dtype, device=device)
-        self._received = torch.zeros(ranks.size * width, dtype=dtype, device=device)
+        dtype = dtype or max((bucket.dtype for bucket in buckets), key=lambda each: each.itemsize)
+        self._sent = torch.zeros(width, dtype=dtype, device=buckets[0].device)
+        self._received = self._sent.new_zeros(ranks.size * width)
         self._flags: list[bool] = []  # the flags now at the end of _sent
-        self._differing: HostCopy | None = None  # for each flag, whether it differed between ranks at the last exchange
+        self._differing: Callable[[], Any] | None = None  # returns for each flag whether it differed between ranks
 
-    def run(self, directions: list[Tensor], flags: list[bool]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield (bucket index, each rank's directions in this dtype), given this rank's and its flags [skip, failed]."""
-        own = [directions[i] for i in self._buckets]
-        flags = [p.grad is not None for bucket in self._buckets.values() for p in bucket.params] + flags
+    def run(self, directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
+        """Return all ranks' directions [bucket][rank], given this rank's, or [] for zeros, and its flags [skip, failed].
+
+        The result has the buffers' dtype and device, and is valid until the next call.
+        """
+        own = [P.to(self._sent.device) for P in directions or [bucket.zeros() for bucket in self._buckets]]
+        flags = [p.grad is not None for bucket in self._buckets for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
             self._flags = flags
@@ -130,9 +123,9 @@ class Exchange:
             sent.clamp_(torch.finfo(sent.dtype).min, torch.finfo(sent.dtype).max)
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
-        self._differing = HostCopy((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
+        self._differing = copy_to_host((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
         of_ranks = (torch.split_with_sizes(row[: sum(n)], n) for row, n in zip(rows, self._lengths, strict=True))
-        return zip(self._buckets, map(list, zip(*of_ranks, strict=True)), strict=True)
+        return list(map(list, zip(*of_ranks, strict=True)))
 
     def check(self) -> None:
         """Raise RuntimeError on all ranks if flags differed between ranks at the last exchange.
@@ -140,37 +133,15 @@ class Exchange:
         They differ if only some ranks failed, skipped the step for non-finite gradients, or had a gradient for a parameter.
         Call it at the next step: by then, the device has usually finished that exchange, and the host does not wait.
         """
-        *present, skipped, failed = self._differing.read() if self._differing is not None else [False] * 2
+        *present, skipped, failed = self._differing() if self._differing is not None else [False] * 2
         if failed:
             raise RuntimeError("a rank failed in the last step; see the error on that rank")
         if skipped:
             raise RuntimeError(
                 "at the last step, only some ranks had gradients with NaN or Inf: average gradients over ranks before step()"
             )
-        if not any(present):
-            return
-        names = [name for name, differs in zip(self._names, present, strict=True) if differs]
-        raise RuntimeError(
-            f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
-            f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
-        )
-
-
-def make_exchanges(buckets: list[Bucket], names: dict[Tensor, str], ranks: Ranks, dtype: torch.dtype | None) -> list[Exchange]:
-    """Return an exchange per device and dtype of the buckets, which sends `dtype`, or the buckets' if None; [] on one rank."""
-    kinds: dict[tuple[torch.device, torch.dtype], dict[int, Bucket]] = {}
-    for i, bucket in enumerate(buckets) if ranks.size > 1 else ():
-        kinds.setdefault((bucket.device, bucket.dtype), {})[i] = bucket
-    return [Exchange(ranks, members, names, dtype or own) for (_, own), members in kinds.items()]
-
-
-def check_exchanges(exchanges: list[Exchange]) -> None:
-    """Call `check` on all exchanges."""
-    for exchange in exchanges:
-        exchange.check()
-
-
-def exchange_all(exchanges: list[Exchange], directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
-    """Return the directions of each bucket and rank, given this rank's directions and its flags [skip, failed]."""
-    found = {i: of_ranks for exchange in exchanges for i, of_ranks in exchange.run(directions, flags)}
-    return [found[i] for i in range(len(directions))]
+        if names := list(compress(self._names, present)):
+            raise RuntimeError(
+                f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
+                f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
+            )

@@ -1,52 +1,48 @@
 """What `optimizer.state` shows of the state in buckets, and how changes that users make there get back."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from operator import is_
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .blocks import Layout
-from .copies import copy, flat_views, grid_views
+from .checkpoint import pieces, place
+from .copies import copy
 from .group import Group
 from .options import STRUCTURAL
-from .state import Bucket, is_own, moments, read_steps
+from .state import Bucket, is_own, read_steps
 
 Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
 
 
-class Entry(dict[str, Any]):
-    """The state of one parameter: a dictionary that `Shown.fill` fills when it is first used."""
+class State(defaultdict[Any, Any]):
+    """`optimizer.state`: a dictionary that calls `look`, if set, before an entry is read."""
 
-    source: "ref[Shown] | None" = None  # while it is not filled; weak, so that a deleted optimizer is freed at once
-
-    def __reduce__(self) -> Any:  # copies and pickles are plain dictionaries
-        return dict, (list(self.items()),)
+    look: Callable[[], None] | None = None
 
 
-def _filled(name: str) -> Callable[..., Any]:
-    """Return a method of dict that fills the entry first."""
-    method = getattr(dict, name)
+def _looking(name: str) -> Callable[..., Any]:
+    """Return a method of dictionaries that calls `look` first."""
+    method = getattr(defaultdict, name)
 
-    def call(entry: Entry, *arguments: Any, **named: Any) -> Any:
-        """Fill the entry, then call the method."""
-        shown = entry.source() if entry.source is not None else None
-        entry.source = None
-        if shown is not None:
-            shown.fill()
-        return method(entry, *arguments, **named)
+    def call(state: State, *arguments: Any, **named: Any) -> Any:
+        """Call `look`, then the method."""
+        if state.look is not None:
+            state.look()
+        return method(state, *arguments, **named)
 
     return call
 
 
 for _name in (
-    "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__", "__or__", "__repr__",
-    "__reversed__", "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
+    "__eq__", "__getitem__", "__iter__", "__ne__", "__or__", "__repr__", "__ror__", "copy", "get", "items", "pop", "popitem",
+    "setdefault", "values",
 ):  # fmt: skip
-    setattr(Entry, _name, _filled(_name))
+    setattr(State, _name, _looking(_name))
 
 
 def signature(groups: Sequence[Group]) -> list[Any]:
@@ -59,16 +55,21 @@ def signature(groups: Sequence[Group]) -> list[Any]:
     return found
 
 
+def shares_memory(X: Tensor, Y: Tensor) -> bool:
+    """Return whether two tensors have the same storage."""
+    return X.untyped_storage().data_ptr() == Y.untyped_storage().data_ptr()
+
+
 class Shown:
     """The entries of `optimizer.state`: views of the live state, and copies where a tensor lies in several pieces.
 
-    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies. On
-    multiple ranks, factors and roots are copies that are never read back: replace such a tensor rather than edit it in place.
+    They are filled when a user first looks at one. From then on, each step first reads changes, and then writes copies.
 
     Args:
         groups: what the buckets were made for.
-        state: `optimizer.state`; its dictionaries stay, with foreign keys, and tensors stay the same objects where they fit.
-        owner: the optimizer; its `shown_state()` returns the entries to show.
+        state: `optimizer.state`; its dictionaries stay, with foreign keys.
+        gathered: returns the state of all parameters, or None if this rank has only a part of it, and shows `step` alone.
+        looked: whether the entries are filled at once. Tensors stay the same objects where they fit.
     """
 
     def __init__(
@@ -76,50 +77,75 @@ class Shown:
         buckets: Sequence[Bucket],
         groups: Sequence[Group],
         state: dict[Any, Any],
-        owner: Any,
+        gathered: Callable[[], Entries] | None,
+        looked: bool,
     ):
-        self._buckets, self._signature, self._owner = buckets, signature(groups), ref(owner)
-        self._entries: Entries = {}
+        self._buckets, self._signature, self.gathered = buckets, signature(groups), gathered
+        self.own: Entries = {}  # what is shown; empty until a user looks
         self._pointers: dict[int, int] = {}  # where the data of each shown tensor was
-        self.own: Entries = {}  # what was filled in; empty before that
-        for p in (p for bucket in buckets for p in bucket.params):
-            self._entries[p] = state[p] = state[p] if isinstance(state.get(p), dict) else Entry()
-        self.reset()
-        if not all(isinstance(entry, Entry) and not dict.__contains__(entry, "step") for entry in self._entries.values()):
-            self.fill()
+        self._entries: Entries = {}
+        live = self.live() if looked else {}
+        for bucket in buckets:
+            for p in bucket.params:
+                entry = dict.get(state, p)
+                self._entries[p] = state[p] = entry = entry if isinstance(entry, dict) else {}
+                for key in [key for key in entry if is_own(bucket, key)]:
+                    now, X = entry.pop(key), live.get(p, {}).get(key)
+                    if X is not None and isinstance(now, Tensor) and (now.dtype, now.device) == (X.dtype, X.device):
+                        now.data = X  # references to it stay alive
+                        live[p][key] = now
+        self.show(live)
 
-    def reset(self) -> None:
-        """Take the optimizer's own keys out of the entries, until a user looks at one."""
-        for p, own in self.own.items():
-            for key in own:
-                dict.pop(self._entries[p], key, None)
-        self.own, self._pointers = {}, {}
-        for entry in self._entries.values():
-            if isinstance(entry, Entry):
-                entry.source = ref(self)
+    def live(self) -> Entries:
+        """Return each parameter's state; on multiple ranks, `step` alone unless it is gathered."""
+        if self.gathered is not None:
+            return self.gathered()
+        counts = {p: n for bucket in self._buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
+        return {p: {"step": torch.tensor(float(n))} for p, n in counts.items()}
 
     @torch.inference_mode(False)
-    def fill(self) -> None:
-        """Put the optimizer's own keys into all entries."""
-        owner = self._owner()
-        live = owner.shown_state() if owner is not None else {}
-        for entry in self._entries.values():
-            if isinstance(entry, Entry):
-                entry.source = None
-        self.own = {p: dict(own) for p, own in live.items() if p in self._entries}
-        for p, own in self.own.items():
-            entry = self._entries[p]
-            for key, X in own.items():
-                now = entry.get(key)
-                if isinstance(now, Tensor) and now is not X and (now.dtype, now.device) == (X.dtype, X.device):
-                    now.data = X  # references to it stay alive
-                    own[key] = now
-                entry[key] = own[key]
-                self._pointers[id(own[key])] = X.data_ptr()
+    def look(self) -> None:
+        """Show the live state from now on."""
+        if not self.own:
+            self.show(self.live())
 
-    def changed(self, state: Mapping[Any, Any], groups: Any) -> bool:
+    def show(self, live: Entries) -> None:
+        """Put what is not shown yet into the entries, except where a user set another value or cleared the entry."""
+        for p, state in live.items():
+            entry, own = self._entries[p], self.own.setdefault(p, {})
+            cleared = own and not own.keys() & entry.keys()
+            for key, X in state.items() if not cleared else ():
+                if key not in own and key not in entry:
+                    entry[key] = own[key] = X
+                    self._pointers[id(X)] = X.data_ptr()
+        self._find_copies()
+
+    def _find_copies(self) -> None:
+        """Find the pieces of state that are shown as copies, and their originals."""
+        self._originals: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        for bucket in self._buckets if self.own else ():
+            for key, _, view, X in pieces(bucket):
+                shown = self.own[bucket.params[view.param]].get(key)
+                if shown is not None and not shares_memory(shown, X):
+                    self._originals.append(X)
+                    self._copies.append(place(view, shown))
+
+    def show_instead(self, gathered: Callable[[], Entries] | None) -> None:
+        """Replace `gathered`, and what is shown of it; if it is None, `step` alone stays."""
+        self.gathered = gathered
+        stays = {"step"} if gathered is None else set()
+        for p, own in self.own.items():
+            for key in own.keys() - stays:
+                self._entries[p].pop(key, None)
+                del self._pointers[id(own.pop(key))]
+        self.show(self.live() if self.own and gathered else {})
+
+    def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
-        if signature(groups) != self._signature or not all(map(is_, map(state.get, self._entries), self._entries.values())):
+        if signature(groups) != self._signature:
+            return True
+        if not all(map(is_, map(dict.get, repeat(state), self._entries), self._entries.values())):
             return True
         for bucket in self._buckets:
             group = bucket.group
@@ -129,55 +155,26 @@ class Shown:
                 own, entry = self.own[p], self._entries[p]
                 if any(X.data_ptr() != self._pointers[id(X)] or entry.get(key) is not X for key, X in own.items()):
                     return True
-                # On multiple ranks, `own` may be only a part of the state, to which users add.
-                if len(bucket.layouts) > 1 and any(is_own(bucket, key) for key in entry.keys() - own.keys()):
+                if any(is_own(bucket, key) for key in entry.keys() - own.keys()):
                     return True
         return False
-
-    def release(self, state: Mapping[Any, Any], params: set[Tensor], live: Entries) -> None:
-        """Give entries that users moved, or whose parameter is not among these, their state for good."""
-        for p, entry in self._entries.items():
-            if isinstance(entry, Entry) and (p not in params or state.get(p) is not entry):
-                entry.source = None
-                dict.update(entry, {key: X for key, X in live[p].items() if key not in self.own.get(p, {})})
-
-    def collect(self, state: Mapping[Any, Any], live: Entries) -> Entries:
-        """Return each parameter's state as it is in `optimizer.state`, given the live state for what is not shown there."""
-        found: Entries = {}
-        for p, entry in state.items():
-            if isinstance(p, Tensor) and isinstance(entry, dict):
-                if entry is not self._entries.get(p):
-                    len(entry)  # fills that of another optimizer
-                shown, found[p] = self.own.get(p, {}), dict(dict.items(entry))
-                if entry is self._entries.get(p) and (not shown or any(key in found[p] for key in shown)):
-                    found[p] = {**{key: X for key, X in live[p].items() if key not in shown}, **found[p]}
-        return found
-
-    def _copies(self) -> Iterator[tuple[Layout, Tensor, list[Tensor | None]]]:
-        """Yield for each moment its layout, flat vector, and the shown tensors that are copies."""
-        for bucket in self._buckets if self.own else ():
-            for name, flat in moments(bucket):
-                shown, live = [self.own[p].get(name) for p in bucket.params], flat.untyped_storage().data_ptr()
-                yield bucket.layout, flat, [None if X is None or X.untyped_storage().data_ptr() == live else X for X in shown]
 
     def read(self) -> None:
         """Copy into the live state what users changed in place."""
         for bucket in self._buckets if self.own else ():
             bucket.steps = [read_steps(self.own[p]["step"], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
-        for layout, flat, copies in self._copies():
-            copy(flat_views(layout, flat, copies), grid_views(layout, copies))
+        copy(self._originals, self._copies)
 
     def write(self) -> None:
         """Bring counts and copies up to date after a step."""
         for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
                 self.own[p]["step"].fill_(steps)
-        for layout, flat, copies in self._copies():
-            copy(grid_views(layout, copies), flat_views(layout, flat, copies))
+        copy(self._copies, self._originals)
 
-    def foreign(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    def foreign(self, state: dict[Any, Any]) -> dict[Any, Any]:
         """Return `optimizer.state` without the optimizer's own keys."""
         return {
-            p: {key: x for key, x in dict.items(entry) if key not in self.own.get(p, ())} if isinstance(entry, dict) else entry
-            for p, entry in state.items()
+            p: {key: x for key, x in entry.items() if key not in self.own.get(p, ())} if isinstance(entry, dict) else entry
+            for p, entry in dict.items(state)
         }

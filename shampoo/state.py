@@ -47,6 +47,7 @@ class Bucket:
         stacks = self.layout.stacks if self.factored else ()
         make = partial(PRECONDITIONERS[group["preconditioner"]], options=group, dtype=self.dtype, device=self.device)
         self.preconditioners = [make(stack, block_exponents(len(stack) - 1, group)) for stack in stacks]
+        self.names = {"step", *PRECONDITIONERS[group["preconditioner"]].NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
         self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
 
@@ -97,18 +98,14 @@ def has_factors(p: Tensor, group: Group) -> bool:
 
 
 def block_flops(group: Group, factored: bool, block: tuple[int, ...]) -> float:
-    """Return a function from a block's shape to its floating-point operations per step.
-
-    These are 20 per element, plus the preconditioner's `cost` if factored.
-    """
+    """Return a block's floating-point operations per step: 20 per element, plus the preconditioner's `cost` if factored."""
     cost = PRECONDITIONERS[group["preconditioner"]].cost
     return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
 
 
 def is_own(bucket: Bucket, key: Any) -> bool:
     """Return whether a key of an entry is the optimizer's own, and not foreign."""
-    names = {"step", *PRECONDITIONERS[bucket.group["preconditioner"]].NAMES, *(name for name, _ in moments(bucket))}
-    return str(key).split(".")[0] in names
+    return str(key).split(".")[0] in bucket.names
 
 
 def describe_tensor(X: Any) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from shampoo import AdamWShampoo
+from shampoo.copies import copy, flat_views, grid_views
 
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 LIKE_ADAMW = partial(AdamWShampoo, start_preconditioning_step=10**9, block_size=8, **ADAMW)  # equal to AdamW within rounding
@@ -57,6 +58,14 @@ def largest_difference(a, b):
         return np.max([largest_difference(x, y) for x, y in zip(a, b, strict=True)], initial=0.0)
     difference = abs(a - b)
     return float(difference.max()) if 0 not in difference.shape else 0.0
+
+
+def assemble(layouts, flats):
+    """Return each parameter's tensor in its merged shape, given all ranks' flat vectors: the inverse of `load`."""
+    found = [torch.full(shape, torch.nan) for shape in layouts[0].shapes]
+    for layout, flat in zip(layouts, flats):
+        copy(grid_views(layout, found), flat_views(layout, flat, found))
+    return found
 
 
 def compare_with_adamw(act):

@@ -203,7 +203,7 @@ def received_bytes(rank, size):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-        found.append(sum(exchange._received.nbytes for exchange in optimizer._exchanges) / count)
+        found.append(optimizer._exchange._received.nbytes / count)
     return found
 
 
@@ -328,3 +328,13 @@ def different_weights(rank, size, case):
         before = [p.detach().clone() for p in params]
     found = first_error(optimizer, params, 2)
     return found, any((p != q).any() for p, q in zip(params, before, strict=True))
+
+
+def mixed_dtypes(rank, size):
+    """Train parameters whose states are float32 and float64, with equal gradients. Return the weights."""
+    params = [*parameters((9, 7), dtype=torch.float32), *parameters((8, 5), dtype=torch.float64)]
+    optimizer = AdamWShampoo(params, **COMMON)
+    for t in range(20):
+        random_gradients(params, t)
+        optimizer.step()
+    return full_weights(nn.ParameterList(params))

@@ -383,3 +383,36 @@ def state_set_before_the_first_step(rank, size):
     first_error(optimizer, params, 1)
     optimizer.consolidate_state_dict(to=None)
     return gathered, optimizer.state_dict()["state"][0]["step"].item()
+
+
+def held_entry(rank, size):
+    """Hold an entry over steps and consolidations, and then add 5 to its step.
+
+    Return its keys and step after each, the step in the state_dict, and the entry's after one more step.
+    """
+    (p,) = params = parameters((4,))
+    optimizer = AdamWShampoo(params, **COMMON)
+    entry, found = optimizer.state[p], []
+    for act in (lambda: first_error(optimizer, params, 2), lambda: optimizer.consolidate_state_dict(to=None)) * 2:
+        act()
+        found.append((sorted(entry), entry["step"].item()))
+    entry["step"] += 5
+    counted = optimizer.state_dict()["state"][0]["step"].item()
+    first_error(optimizer, params, 1)
+    return found, counted, entry["step"].item()
+
+
+def factors_edited_in_place(rank, size):
+    """Gather, double all factors in place, take a step without a refresh, and return the factors before and after."""
+    params, found = parameters((9, 7), (24, 20)), []
+    optimizer = AdamWShampoo(params, **{**COMMON, "betas": (0.9, 1.0), "precondition_frequency": 50})
+    first_error(optimizer, params, 3)
+    for scale in (1, 2, 1):
+        if size > 1:
+            optimizer.consolidate_state_dict(to=None)
+        for p in params:
+            entry = optimizer.state[p]
+            found += [entry[key].mul_(scale).clone() for key in sorted(entry) if key.startswith("factors")]
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    return found

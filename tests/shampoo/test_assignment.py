@@ -4,11 +4,12 @@ from math import prod
 
 import pytest
 import torch
+from common import assemble
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo.assignment import Cost, assign, share_blocks
-from shampoo.copies import assemble, load
+from shampoo.copies import load
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1000), st.integers(1, 99)), max_size=60), st.integers(1, 9))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from common import make_params
+from common import assemble, make_params
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo.assignment import share_blocks
-from shampoo.copies import assemble, chunks, flatten, load, move, read, stack_views
+from shampoo.copies import chunks, flatten, load, move, read, stack_views
 
 shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 

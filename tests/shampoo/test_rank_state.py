@@ -171,3 +171,19 @@ def test_a_consolidated_state_is_not_given_out_once_an_option_changes_what_it_ho
 
 def test_a_moment_that_is_set_before_the_first_step_is_kept(pools):
     assert pools(2).run(rank_state_checks.state_set_before_the_first_step) == [(63, 1)] * 2
+
+
+def test_a_held_entry_shows_what_is_gathered_and_its_step(pools):
+    every = ["exp_avg", "exp_avg_sq", "factors.0.0", "inv_roots.0.0", "step"]
+    for found, counted, steps in pools(2).run(rank_state_checks.held_entry):
+        assert found == [(["step"], 2), (every, 2), (["step"], 4), (every, 4)]
+        assert (counted, steps) == (9, 10)
+
+
+def test_factors_that_are_edited_in_place_keep_the_edit(pools):
+    single = rank_state_checks.factors_edited_in_place(0, 1)
+    count = len(single) // 3
+    assert all(torch.equal(2 * A, B) for A, B in zip(single[:count], single[2 * count :]))
+    for factors in pools(2).run(rank_state_checks.factors_edited_in_place):
+        assert all(torch.equal(2 * A, B) for A, B in zip(factors[:count], factors[2 * count :]))
+        assert largest_difference(factors, single) <= 1e-6

@@ -199,6 +199,14 @@ def test_directions_that_float16_cannot_hold_are_exchanged_as_its_largest_number
     torch.testing.assert_close(moved, exactly.clamp(max=65_504.0), rtol=1e-3, atol=1.0)
 
 
+def test_directions_of_two_dtypes_are_exchanged_together_and_exactly(pools):
+    single = rank_checks.mixed_dtypes(0, 1)
+    for weights in pools(2).run(rank_checks.mixed_dtypes):
+        assert [w.dtype for w in weights] == [torch.float32, torch.float64]
+        assert largest_difference(weights[:1], single[:1]) <= 1e-6
+        assert largest_difference(weights[1:], single[1:]) <= 1e-12
+
+
 @pytest.mark.parametrize(
     "function",
     [
