@@ -9,7 +9,7 @@ from ..submissions import load_module
 from .base import LaptopWorkload
 
 WORKLOADS = {  # module -> class
-    "airports_dlrm": "AirportsDLRM",
+    "flights_dlrm": "FlightsDLRM",
     "fsdd_conformer": "FsddConformer",
     "fsdd_lstm": "FsddLSTM",
     "mnist_resnet": "MnistResNet",

@@ -22,6 +22,7 @@ Padded = tuple[Tensor, Tensor]  # values (B, T, ...) and paddings (B, T)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYMBOLS = "_ " + "".join(sorted(set("".join(WORDS))))  # symbol 0 is CTC's blank
 COEFFICIENTS = 13
+BAND, SPAN = 3, 4  # most coefficients and frames in a row that are masked in training
 ORDERS = {"train": 4, "validation": 2, "test": 2}  # number of random orders that recordings are joined in
 
 
@@ -35,11 +36,11 @@ def load_utterances() -> tuple[list[Tensor], np.ndarray]:
 
 
 def load_fsdd() -> dict[str, Split]:
-    """Split the utterances 240 / 30 / 30 per digit, and join those of each split in ORDERS random orders."""
+    """Split the utterances 220 / 50 / 30 per digit, and join those of each split in ORDERS random orders."""
     frames, digits = load_utterances()
     draw = np.random.default_rng(0)
     by_digit = draw.permuted(np.stack([np.flatnonzero(digits == digit) for digit in range(10)]), axis=1)  # (10, 300)
-    chosen = {"train": by_digit[:, :240], "validation": by_digit[:, 240:270], "test": by_digit[:, 270:]}
+    chosen = {"train": by_digit[:, :220], "validation": by_digit[:, 220:270], "test": by_digit[:, 270:]}
     seen = torch.cat([frames[i] for i in chosen["train"].ravel()])
     mean, std = seen.mean(dim=0), seen.std(dim=0)
     frames = [(x - mean) / std for x in frames]
@@ -66,6 +67,23 @@ def padded(sequences: list[Tensor]) -> Padded:
     """Stack sequences (length, ...) as rows of one tensor, padded with zeros at the end; return it and the paddings."""
     paddings = [torch.zeros(len(sequence)) for sequence in sequences]
     return pad_sequence(sequences, batch_first=True), pad_sequence(paddings, batch_first=True, padding_value=1.0)
+
+
+def intervals(count: int, size: int, longest: int, draw: np.random.Generator) -> np.ndarray:
+    """Return masks (count, size) that are True in one random interval per row, of up to `longest` elements."""
+    length, first = draw.integers(0, longest + 1, (count, 1)), draw.integers(0, size, (count, 1))
+    inside: np.ndarray = (np.arange(size) >= first) & (np.arange(size) < first + length)
+    return inside
+
+
+def masked(features: Tensor, draw: np.random.Generator) -> Tensor:
+    """Return features (B, T, COEFFICIENTS) where, per example, up to BAND coefficients in a row and up to SPAN frames in a row,
+    once per 16 frames, are zero (SpecAugment, Park et al. 2019).
+    """
+    count, frames, _ = features.shape
+    hidden_frames = np.any([intervals(count, frames, SPAN, draw) for _ in range(frames // 16)], axis=0)
+    hidden = hidden_frames[:, :, None] | intervals(count, COEFFICIENTS, BAND, draw)[:, None, :]
+    return features.masked_fill(torch.from_numpy(hidden).to(features.device), 0.0)
 
 
 def lengths(paddings: Tensor) -> Tensor:
@@ -122,14 +140,19 @@ class Fsdd(LaptopWorkload):
     """
 
     loss_type = spec.LossType.CTC_LOSS
-    target_metric_name = "wer"
+    target_metric_name = "loss"
     higher_is_better = False
-    default_batch_size = 16
+    default_batch_size = 32
     eval_batch_size = 100
     step_hint = 400
 
     def load_splits(self) -> dict[str, Split]:
         return load_fsdd()
+
+    def augment(self, batch: Split, draw: np.random.Generator) -> Split:
+        """Mask coefficients and frames, as AlgoPerf's speech workloads do."""
+        features, paddings = batch["inputs"]
+        return {**batch, "inputs": (masked(features, draw), paddings)}
 
     def per_example_loss(self, logits: Padded, targets: Padded, label_smoothing: float) -> Tensor:
         """Return CTC losses, 0 for the 0.5% of examples with too few frames for their target. As in AlgoPerf,

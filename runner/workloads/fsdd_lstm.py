@@ -1,6 +1,6 @@
 """fsdd_lstm, the laptop twin of librispeech_deepspeech: a bidirectional LSTM with batch norm on sentences of spoken digits.
 
-Targets are word error rates, set by `experiments.targets`.
+The target is a CTC loss in nats per example, set by `experiments.sensitivity`.
 """
 
 import torch
@@ -55,8 +55,7 @@ class DeepSpeech(nn.Module):
 class FsddLSTM(Fsdd):
     """Spoken digits with LSTMs."""
 
-    validation_target_value = 0.0534
-    test_target_value = 0.0517
+    validation_target_value = 1.024
 
     def build_model(self) -> nn.Module:
         return DeepSpeech()

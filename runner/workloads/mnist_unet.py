@@ -1,6 +1,6 @@
 """mnist_unet, the laptop twin of fastmri: a U-Net that restores images of MNIST from a quarter of their k-space columns.
 
-Targets are structural similarities, set by `experiments.targets`. The zero-filled images have 0.418 (test: 0.427).
+The target is a structural similarity, set by `experiments.sensitivity`. Zero-filled images have about 0.42.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from algoperf import spec
 from torch import Tensor, nn
 
-from .base import LaptopWorkload, Split
+from .base import LaptopWorkload, Split, rows
 from .mnist import load_mnist
 
 SIZE = 24  # pixels per side: MNIST without its margin
@@ -17,13 +17,13 @@ ACCELERATION, CENTER = 4, 0.08  # one in 4 columns is measured, always including
 WINDOW = 7  # pixels per side, for structural similarity
 
 
-def undersampled(images: Tensor, seed: int) -> Tensor:
+def undersampled(images: Tensor, draw: np.random.Generator) -> Tensor:
     """Return zero-filled reconstructions (N, 1, SIZE, SIZE) of images from random columns of k-space, drawn for each image."""
     columns, center = SIZE // ACCELERATION, round(CENTER * SIZE)
-    priority = np.random.default_rng(seed).random((len(images), SIZE))
+    priority = draw.random((len(images), SIZE))
     first = (SIZE - center) // 2
     priority[:, first : first + center] = 2.0
-    kept = torch.from_numpy(np.argsort(np.argsort(-priority)) < columns)[:, None, None, :]
+    kept = torch.from_numpy(np.argsort(np.argsort(-priority)) < columns)[:, None, None, :].to(images.device)
     k_space = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
     reconstructed: Tensor = torch.fft.ifft2(torch.fft.ifftshift(k_space * kept, dim=(-2, -1))).abs()
     return reconstructed
@@ -80,9 +80,8 @@ class MnistUNet(LaptopWorkload):
     loss_type = spec.LossType.MEAN_ABSOLUTE_ERROR
     target_metric_name = "ssim"
     higher_is_better = True
-    validation_target_value = 0.7995
-    test_target_value = 0.7994
-    default_batch_size = 16
+    validation_target_value = 0.788
+    default_batch_size = 32
     eval_batch_size = 50
     step_hint = 450
 
@@ -90,9 +89,14 @@ class MnistUNet(LaptopWorkload):
         splits = {}
         for seed, (name, digits) in enumerate(load_mnist().items()):
             images = F.pad(digits["inputs"].float(), [(SIZE - 28) // 2] * 4)
-            splits[name] = {"inputs": undersampled(images, seed), "targets": images}
-        splits["eval_train"] = {key: x[:150] for key, x in splits["train"].items()}
+            splits[name] = {"inputs": undersampled(images, np.random.default_rng(seed)), "targets": images}
+        splits["validation"] = rows(splits["validation"], slice(None, None, 2))  # of 1,250 images, whose similarity takes long
+        splits["eval_train"] = rows(splits["train"], slice(150))
         return splits
+
+    def augment(self, batch: Split, draw: np.random.Generator) -> Split:
+        """Draw new columns of k-space, as fastMRI does at every step."""
+        return {**batch, "inputs": undersampled(batch["targets"], draw)}
 
     def build_model(self) -> nn.Module:
         return UNet()

@@ -1,6 +1,7 @@
 """mnist_vit, the laptop twin of imagenet_vit: a vision Transformer over 7x7 patches of 5,000 images of MNIST.
 
-Targets are accuracies, set by `experiments.targets`. For comparison: logistic regression 0.908, one nearest neighbor 0.934.
+The target is a cross entropy in nats, set by `experiments.sensitivity`. For comparison, accuracies: logistic regression 0.908,
+one nearest neighbor 0.934.
 """
 
 import torch
@@ -32,10 +33,9 @@ class VisionTransformer(nn.Module):
 class MnistViT(MnistClassifier):
     """MNIST digits with a vision Transformer."""
 
-    validation_target_value = 0.9439
-    test_target_value = 0.9333
-    default_batch_size = 32
-    step_hint = 500
+    validation_target_value = 0.248
+    default_batch_size = 128
+    step_hint = 400
 
     def build_model(self) -> nn.Module:
         return VisionTransformer()

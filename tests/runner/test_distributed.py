@@ -16,7 +16,7 @@ def test_two_ranks_train_like_one_and_their_checkpoint_resumes_on_one(tmp_path):
     space = tmp_path / "space.json"
     space.write_text(json.dumps([{**point, "epsilon": 1e-4, "learning_rate": 1e-3}]))  # these keep rounding errors small
     flags = [
-        "--workload=airports_dlrm",
+        "--workload=flights_dlrm",
         "--submission_path=submission.py",
         f"--tuning_search_space={space}",
         f"--experiment_dir={tmp_path}",
@@ -31,13 +31,13 @@ def test_two_ranks_train_like_one_and_their_checkpoint_resumes_on_one(tmp_path):
         return start(*launcher, "runner", *argv).stdout
 
     assert train(2, "two", 20).count("picture:") == 1
-    saved = tmp_path / "two/airports_dlrm_pytorch/trial_1/checkpoint_20"
+    saved = tmp_path / "two/flights_dlrm_pytorch/trial_1/checkpoint_20"
     checkpoint = torch.load(saved, weights_only=True)
     checkpoint["train_state"]["training_complete"] = False  # as in a checkpoint written during training
     torch.save(checkpoint, saved)
     train(1, "two", 40)
     train(1, "one", 40)
-    two, one = (pd.read_csv(tmp_path / name / "airports_dlrm_pytorch/trial_1/eval_measurements.csv") for name in ("two", "one"))
+    two, one = (pd.read_csv(tmp_path / name / "flights_dlrm_pytorch/trial_1/eval_measurements.csv") for name in ("two", "one"))
     assert list(two["global_step"]) == list(one["global_step"]) == [1, 10, 20, 30, 40]
     for split in ("train", "validation", "test"):
         np.testing.assert_allclose(two[f"{split}/loss"], one[f"{split}/loss"], rtol=1e-4)

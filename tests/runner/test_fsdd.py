@@ -4,6 +4,7 @@ import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,13 +19,13 @@ def speech(request):
 
 @pytest.mark.slow
 def test_splits_share_no_utterance(speech):
-    """Splits share no frame. Train has its 240 utterances of each digit four times, the others their 30 twice."""
+    """Splits share no frame. Train has its 220 utterances of each digit four times, validation its 50 and test its 30 twice."""
     frames = {}
     for name, examples in speech._splits.items():
         values, paddings = examples["inputs"]
         frames[name] = {tuple(frame) for frame in values[paddings == 0].tolist()}
         words = [word for symbols in fsdd.sequences(*examples["targets"]) for word in fsdd.read(symbols)]
-        count = {"train": 960, "validation": 60, "test": 60}
+        count = {"train": 880, "validation": 100, "test": 60}
         assert name == "eval_train" or all(words.count(word) == count[name] for word in fsdd.WORDS)
     assert not frames["train"] & frames["validation"]
     assert not (frames["train"] | frames["validation"]) & frames["test"]
@@ -94,3 +95,13 @@ def test_padding_changes_neither_logits_nor_loss(speech):
             assert size == (length + 1) // 2 == fsdd.lengths(logits[1])[i]
             torch.testing.assert_close(unpadded[0][0], logits[0][i, :size], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(speech.loss_fn(rows(batch, slice(i, i + 1))["targets"], unpadded)["summed"], losses[i])
+
+
+def test_masks_hide_a_band_and_a_few_frames():
+    draw = np.random.default_rng(0)
+    hidden = fsdd.masked(torch.ones(200, 64, fsdd.COEFFICIENTS), draw) == 0
+    bands, frames = hidden.all(dim=1), hidden.all(dim=2)
+    assert torch.equal(hidden, bands[:, None, :] | frames[:, :, None])
+    assert 0 < bands.sum(dim=1).double().mean() < fsdd.BAND
+    assert bands.sum(dim=1).max() == fsdd.BAND
+    assert 4 < frames.sum(dim=1).double().mean() <= 8  # at most 4 spans of 2 frames on average
