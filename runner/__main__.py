@@ -19,7 +19,7 @@ from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
 from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
 from .search_space import read_points
-from .submissions import load_submission
+from .submissions import known_batch_size, load_submission
 from .workloads import WORKLOADS, load_workload, short_name
 from .workloads.base import LaptopWorkload
 
@@ -82,25 +82,6 @@ def print_rank_0(text: str) -> None:
     if distributed.rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def global_batch_size(submission: ModuleType, name: str, workload: LaptopWorkload) -> int:
-    """Return the submission's batch size for the workload, or the workload's default if the submission does not know it: if
-    `get_batch_size` raises ValueError, as AlgoPerf's submissions do, or KeyError, as a dictionary does.
-
-    Raise ValueError if `get_batch_size` returns anything but an integer >= 1.
-    """
-    try:
-        batch_size = submission.get_batch_size(name)
-    except (ValueError, KeyError):
-        print_rank_0(f"get_batch_size does not know {name}; using the workload's batch size, {workload.default_batch_size}")
-        return workload.default_batch_size
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"get_batch_size({name!r}) returned {batch_size!r}; it must return an integer >= 1, or raise ValueError if it does "
-            "not know the workload"
-        )
-    return batch_size
 
 
 def read_space() -> list[Any]:
@@ -255,7 +236,7 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
 def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
     """Print the table of trials, plot their validation metric, and print where to find the files."""
     failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
-    hits = sum(first_reaching_target(workload, evaluations) is not None for _, evaluations in trials.values())
+    hits = sum(first_reaching_target(workload, evaluations) is not None for _, evaluations, _ in trials.values())
     print_rank_0(f"\n{trial_table(workload, trials).to_string()}\n")
     print_rank_0(
         f"{hits} of {len(trials)} trials reached the target, validation {format_target(workload)}"
@@ -282,7 +263,11 @@ def main(_: list[str]) -> None:
         points = read_space()
         if not select_points(points):
             raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
-        batch_size = global_batch_size(submission, short_name(FLAGS.workload), workload)
+        batch_size = known_batch_size(submission, short_name(FLAGS.workload))
+        if batch_size is None:
+            batch_size = workload.default_batch_size
+            name = short_name(FLAGS.workload)
+            print_rank_0(f"get_batch_size does not know {name}; using the workload's batch size, {batch_size}")
         check_points(workload, submission, points)
         folder = distributed.broadcast(prepare_folder(points) if distributed.rank() == 0 else None)
     except (ValueError, FileExistsError, DataError) as error:

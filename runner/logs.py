@@ -60,6 +60,13 @@ def meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
     }
 
 
+def ended(trial: Path) -> str:
+    """Return what ended a trial, or "-" if it has not ended."""
+    files = sorted(trial.glob("meta_data_*.json"), key=lambda path: int(path.stem.removeprefix("meta_data_")))
+    reason: str = json.loads(files[-1].read_text()).get("ended", "-")
+    return reason
+
+
 def cpu_name() -> str:
     """Return the name of the processor if /proc/cpuinfo has it, else its architecture."""
     info = Path("/proc/cpuinfo")

@@ -1,6 +1,7 @@
 """One trial: AlgoPerf's training loop and clock. Data, steps, and `prepare_for_eval` count as submission time; nothing else."""
 
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +109,8 @@ def run_trial(
     settings: Settings,
     progress: Callable[[int, MetricLogger, bool, float], None],
 ) -> None:
-    """Train until both targets are reached, the time is up, or the submission or `max_global_steps` ends the trial.
+    """Train until the targets are reached, the time is up, or the submission or `max_global_steps` ends the trial. Write
+    which of these it was as "ended" to its last meta_data_K.json.
 
     Resume from the latest checkpoint in `folder`, if there is one; leave a trial that has ended unchanged. After every step,
     call `progress(global_step, logger, evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple
@@ -138,11 +140,21 @@ def run_trial(
         return
     if distributed.rank() == 0:
         target, higher_is_better = f"validation/{workload.target_metric_name}", workload.higher_is_better
-        trial.logger = MetricLogger(folder, trial.global_step, target, higher_is_better, hyperparameters._asdict())
+        point = hyperparameters._asdict() if hyperparameters else {}  # a self-tuning submission has none
+        trial.logger = MetricLogger(folder, trial.global_step, target, higher_is_better, point)
         write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
         write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
         workload.attach_metrics_logger(trial.logger)
 
+    try:
+        run_steps(trial, rng, progress)
+    finally:
+        if trial.logger is not None:
+            trial.logger.finish()
+
+
+def run_steps(trial: Trial, rng: np.ndarray, progress: Callable[[int, MetricLogger, bool, float], None]) -> None:
+    """Take and evaluate steps until the trial has ended, log its score, and save it."""
     state = trial.train_state
     trial.start = state["last_step_end_time"] = now()
     while not has_ended(state):
@@ -156,8 +168,19 @@ def run_trial(
     if trial.logger is not None:
         score = {"score": state["accumulated_submission_time"]}
         trial.logger.append_scalar_metrics(score, trial.global_step, trial.preemption_count)
-        trial.logger.finish()
         save(trial)
+        meta = trial.folder / f"meta_data_{trial.preemption_count}.json"
+        ended = ended_by(state, trial.global_step, trial.settings.max_global_steps)
+        write_json(meta, {**json.loads(meta.read_text()), "ended": ended})
+
+
+def ended_by(train_state: dict[str, Any], global_step: int, max_global_steps: int | None) -> str:
+    """Return what ended a trial: "target", "time", "steps" or "submission"."""
+    if train_state["validation_goal_reached"] and train_state["test_goal_reached"]:
+        return "target"
+    if not train_state["is_time_remaining"]:
+        return "time"
+    return "steps" if global_step >= (max_global_steps or math.inf) else "submission"
 
 
 def has_ended(train_state: dict[str, Any]) -> bool:

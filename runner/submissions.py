@@ -23,6 +23,24 @@ def load_submission(path: str) -> ModuleType:
     return module
 
 
+def known_batch_size(submission: ModuleType, workload: str) -> int | None:
+    """Return the submission's batch size for the workload of that name, or None if the submission does not know it: if
+    `get_batch_size` raises ValueError, as AlgoPerf's submissions do, or KeyError, as a dictionary does.
+
+    Raise ValueError if `get_batch_size` returns anything but an integer >= 1.
+    """
+    try:
+        batch_size = submission.get_batch_size(workload)
+    except (ValueError, KeyError):
+        return None
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"get_batch_size({workload!r}) returned {batch_size!r}; it must return an integer >= 1, or raise ValueError if it "
+            "does not know the workload"
+        )
+    return batch_size
+
+
 def load_module(file: Path) -> ModuleType:
     """Import a Python file from any folder under a name that no other module has. A file that was imported before is not run
     again.

@@ -131,7 +131,7 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
     return {"optimizer": torch.optim.SGD(model_params.parameters(), lr=rate)}
 
 def update_params(workload, current_param_container, model_state, hyperparameters, optimizer_state, batch, **others):
-    assert len(batch["inputs"]) == 16 and hyperparameters is None and not PARALLEL and RANK == 0
+    assert len(batch["inputs"]) in (16, 32) and hyperparameters is None and not PARALLEL and RANK == 0
     return optimizer_state, current_param_container, model_state
 
 def data_selection(workload, input_queue, *others):
@@ -166,7 +166,7 @@ def test_a_submission_may_tune_itself(tmp_path, algoperfs):
 def test_a_batch_size_is_the_submissions_or_the_workloads(tmp_path, algoperfs):
     """A submission that has none raises ValueError, or KeyError from a dictionary."""
     argv = without_space(*arguments(tmp_path, algoperfs, "--max_global_steps=1"))
-    assert "get_batch_size does not know pydoc_lm; using the workload's batch size, 16" in call("runner.__main__", *argv)
+    assert "get_batch_size does not know pydoc_lm; using the workload's batch size, 32" in call("runner.__main__", *argv)
     error = error_of("runner.__main__", *argv, "--workload=fsdd_lstm")
     assert "get_batch_size('fsdd_lstm') returned None; it must return an integer >= 1, or raise ValueError" in error
 
@@ -272,14 +272,14 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         "--eval_every_steps=4",
         "--rng_seed=3",
     ]
-    start("runner", *arguments(tmp_path, *flags, workload="airports_dlrm", name="uninterrupted"))
+    start("runner", *arguments(tmp_path, *flags, workload="flights_dlrm", name="uninterrupted"))
     (tmp_path / "dying.py").write_text(DYING)
-    killed = arguments(tmp_path, *flags, workload="airports_dlrm", name="killed")
+    killed = arguments(tmp_path, *flags, workload="flights_dlrm", name="killed")
     process = start("runner", *killed, f"--submission_path={tmp_path / 'dying.py'}", check=False)
     assert process.returncode == -signal.SIGKILL
     start("runner", *killed, "--resume_last_run")
     expected, found = (
-        torch.load(tmp_path / name / "airports_dlrm_pytorch/trial_1/checkpoint_60", weights_only=True)
+        torch.load(tmp_path / name / "flights_dlrm_pytorch/trial_1/checkpoint_60", weights_only=True)
         for name in ("uninterrupted", "killed")
     )
     assert found["preemption_count"] == 1
