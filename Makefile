@@ -1,6 +1,6 @@
 # make run: train mnist_resnet with five points.
 # make test: all tests.  make test-fast: those that take under a minute in total on 2 cores.  make lint: ruff and mypy.
-# make suite: all submissions on all workloads, 70 minutes on 2 cores; run again, it resumes.  QUICK=1: ten minutes.
+# make suite: all submissions on all workloads; run again, it goes on.  STUDIES=5: five seeds.  QUICK=1: ten minutes.
 # TORCH=2.5.1 picks a torch version, in its own environment.
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
@@ -13,7 +13,7 @@ run: $(VENV)/installed
 	  --experiment_dir=experiments_out --experiment_name=first_run --overwrite
 
 suite: $(VENV)/installed
-	$(BIN)/python -m runner.suite $(if $(QUICK),--quick --experiment_dir=suite_out/quick,--experiment_dir=suite_out/full)
+	$(BIN)/python -m runner.suite $(if $(QUICK),--quick) --studies=$(or $(STUDIES),1) --output_dir=suite_out/$(if $(QUICK),quick,full)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -1,39 +1,39 @@
-"""Compare exponents other than (1/4, 1/4): `python -m experiments.exponents --experiment_dir=DIR`; about a minute per run.
+"""Compare exponents other than (1/4, 1/4): `python -m experiments.exponents --output_dir=DIR`.
 
-Train at the first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R, with Adam grafting and
-without grafting, as trials of `runner.suite`. With grafting, the learning rate is `variants.LEARNING_RATES[workload]`. Without,
-the step length depends on the exponents, so each variant runs at four learning rates on the first seed: one that matches the
-step length of Adam (`matched_rate`), and 1/9, 1/3, and 3 times that. The remaining seeds use the best of the four. Roots are
-then recomputed at every step, since nothing else bounds a step. The same command resumes an interrupted run. At the end, print
-a table of all trials in DIR and write it to DIR/exponents.md, and the trials to DIR/exponents.csv.
+A study (see `runner.study`) of the first point of `runner/tuning_search_space.json` with other powers (1/p, 1/q) of L and R,
+with Adam grafting and without grafting, each at its own best learning rate. With grafting, the rates are 1/2, 1, and 2 times
+the workload's in LEARNING_RATES. Without, the step length depends on the exponents, so they are 1/9, 1/3, 1, and 3 times the
+one that matches the step length of Adam (`matched_rate`), and roots are recomputed at every step, since nothing else bounds a
+step. Print steps to target, and ratios to those of (1/4, 1/4) with grafting.
 """
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from absl import app, flags
 from torch import Tensor
 
 import submission
+from runner.compare import print_comparison
 from runner.loop import split
-from runner.report import best_trial, read_suite
 from runner.search_space import read_points
+from runner.study import Entry, run_studies
 from runner.workloads import load_workload
 from shampoo import AdamWShampoo
 from shampoo.hyperparameters import optimizer_options
 
-from .variants import LEARNING_RATES, ROOT, SPACE
+from .norm_ratio import LEARNING_RATES, ROOT, SPACE
 
 FLAGS = flags.FLAGS
 
 EXPONENTS = [(0.125, 0.125), (0.25, 0.25), (0.375, 0.375), (0.5, 0.5), (0.5, 0.0), (0.0, 0.5)]  # (1/p, 1/q)
-LADDER = [1.0, 1 / 3, 3.0, 1 / 9]
+LADDERS = {"adam": (0.5, 1.0, 2.0), "none": (1 / 9, 1 / 3, 1.0, 3.0)}
+BASE = "adam_0.25_0.25"
 PROBE_STEPS = 30
 
 
@@ -44,7 +44,7 @@ def variant(grafting: str, exponents: tuple[float, float], **others: Any) -> dic
 
 
 def variant_name(point: dict[str, Any]) -> str:
-    """Return the folder name of a variant: its grafting and exponents, as in "adam_0.25_0.25"."""
+    """Return the name of a variant: its grafting and exponents, as in "adam_0.25_0.25"."""
     return "_".join([point["grafting"], *map(str, point["exponents"])])
 
 
@@ -87,86 +87,32 @@ def matched_rate(workload: str, exponents: tuple[float, float], gradients: list[
     return float(f"{LEARNING_RATES[workload] * grafted / bare:.2g}")
 
 
-def write_ladders(folder: Path, workload: str) -> dict[str, Path]:
-    """Write a search space per variant, with one learning rate if grafted, else the ladder. Existing files are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {
-        variant_name(variant(g, e)): folder / f"{variant_name(variant(g, e))}.json" for e in EXPONENTS for g in ("adam", "none")
-    }
-    if all(path.exists() for path in paths.values()):
-        return paths
-    gradients = record_gradients(workload, folder)
-    for exponents in EXPONENTS:
-        rate = matched_rate(workload, exponents, gradients)
-        for grafting, rates in (("adam", [LEARNING_RATES[workload]]), ("none", [rate * factor for factor in LADDER])):
-            points = [variant(grafting, exponents, learning_rate=float(f"{r:.2g}")) for r in rates]
-            if not (path := paths[variant_name(points[0])]).exists():
-                path.write_text(json.dumps(points))
-    return paths
-
-
-def run_suite(folder: Path, workload: str, spaces: dict[str, Path], trials: int, seeds: range) -> pd.DataFrame:
-    """Run the missing trials of these variants and return all trials."""
-    entries = ",".join(f"{name}={ROOT / 'submission.py'}:{path}" for name, path in spaces.items())
-    suite = [sys.executable, "-m", "runner.suite", f"--submissions={entries}", f"--workloads={workload}"]
-    suite += [f"--num_tuning_trials={trials}", f"--num_studies={len(seeds)}", f"--rng_seed={seeds[0] - 1}"]
-    subprocess.run([*suite, f"--experiment_dir={folder}", "--eval_every_steps=10"], cwd=ROOT, check=True)
-    return read_suite(folder)
-
-
-def run(root: Path, workload: str, grafting: str, seeds: int) -> None:
-    """Run a workload: the first seed at every learning rate of each variant, the other seeds at the best one."""
-    spaces = write_ladders(root / "spaces" / workload, workload)
-    chosen = {name: path for name, path in spaces.items() if name.startswith(grafting)}
-    points = len(LADDER) if grafting == "none" else 1
-    first = run_suite(root / workload / f"{grafting}_1", workload, chosen, points, range(1, 2))
-    if seeds > 1:
-        best = {name: root / "spaces" / workload / f"best_{name}.json" for name in chosen}
-        for name, path in best.items():
-            path.write_text(json.dumps([best_trial(first[first["submission"] == name])["point"]]))
-        run_suite(root / workload / f"{grafting}_2", workload, best, 1, range(2, seeds + 1))
-
-
-def read_all(root: Path) -> pd.DataFrame:
-    """Return all evaluated trials below `root` with their seeds. A folder name ends in the seed of its first study."""
-    parts = []
-    for folder in sorted(root.glob("*/*_[12]")):
-        trials = read_suite(folder)
-        parts.append(trials.assign(seed=trials["study"].str.removeprefix("study_").astype(int) + int(folder.name[-1]) - 1))
-    return pd.concat(parts)
-
-
-def tabulate(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per workload, grafting, and exponents: steps to target for the first seed at each learning rate, and for
-    each other seed at the best one. A dash marks a missed target and is followed by the best metric.
-    """
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    for trial in trials.itertuples():
-        point = trial.point
-        cell = f"{trial.steps:.0f}" if np.isfinite(trial.steps) else f"- ({trial.best:.3g})"
-        row = rows.setdefault((trial.workload, point["grafting"], "{:g}, {:g}".format(*point["exponents"])), {})
-        if trial.seed == 1:
-            ladder = row.get("seed 1: steps at each learning rate", "")
-            row["seed 1: steps at each learning rate"] = f"{ladder}{'; ' * bool(ladder)}{point['learning_rate']:g}: {cell}"
-        else:
-            row["best rate"] = f"{point['learning_rate']:g}"
-            row[f"seed {trial.seed}"] = cell
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["workload", "grafting", "1/p, 1/q"])
+def entries(workload: str, graftings: list[str], folder: Path) -> list[Entry]:
+    """Return a study's entries for a workload: one for each grafting and exponents, with a ladder of learning rates."""
+    gradients = record_gradients(workload, folder) if "none" in graftings else []
+    found = []
+    for grafting in graftings:
+        for exponents in EXPONENTS:
+            middle = LEARNING_RATES[workload] if grafting == "adam" else matched_rate(workload, exponents, gradients)
+            rates = [float(f"{middle * factor:.2g}") for factor in LADDERS[grafting]]
+            points = tuple(variant(grafting, exponents, learning_rate=rate) for rate in rates)
+            found.append(Entry(variant_name(points[0]), ROOT / "submission.py", points))
+    return found
 
 
 def main(_: Any) -> None:
-    """Run the missing trials, then write and print the tables."""
-    root = Path(FLAGS.experiment_dir).resolve()
+    """Run what is missing and print the tables, workload by workload."""
+    root = Path(FLAGS.output_dir).resolve()
+    failures = []
     for workload in FLAGS.workload:
-        for grafting in FLAGS.grafting:
-            run(root, workload, grafting, FLAGS.num_seeds)
-    trials = read_all(root)
-    table = tabulate(trials)
-    points = pd.json_normalize(trials["point"].to_list())[["grafting", "exponents", "learning_rate"]]
-    runs = pd.concat([trials[["workload", "seed", "steps", "best"]].reset_index(drop=True), points], axis=1)
-    runs.to_csv(root / "exponents.csv", index=False)
-    (root / "exponents.md").write_text(table.reset_index().fillna("").to_markdown(index=False, disable_numparse=True) + "\n")
-    print(table.to_string())
+        folder = root / workload
+        folder.mkdir(parents=True, exist_ok=True)
+        variants = entries(workload, FLAGS.grafting, folder)
+        failures += run_studies(folder / "runs.csv", variants, [workload], FLAGS.seeds, FLAGS.max_workers)
+        base = BASE if "adam" in FLAGS.grafting else variants[0].name
+        print_comparison(folder / "runs.csv", base, variants, [workload], FLAGS.seeds)
+    if failures:
+        sys.exit(f"error: {len(failures)} runs failed")
 
 
 if __name__ == "__main__":
@@ -174,8 +120,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_enum(
         "grafting", ["adam", "none"], ["adam", "none"], "grafting methods; runs without grafting take three times as long"
     )
-    flags.DEFINE_integer("num_seeds", 2, "number of seeds; the first one selects the learning rate", lower_bound=1)
-    flags.DEFINE_string(
-        "experiment_dir", None, "folder for trials; existing trials are kept and only missing ones run", required=True
-    )
+    flags.DEFINE_integer("seeds", 5, "number of seeds", lower_bound=2)
+    flags.DEFINE_integer("max_workers", os.cpu_count() or 1, "number of single-threaded processes", lower_bound=1)
+    flags.DEFINE_string("output_dir", None, "folder for the tables of runs, which are completed", required=True)
     app.run(main)

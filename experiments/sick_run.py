@@ -11,8 +11,7 @@ import torch
 from absl import app, flags
 from matplotlib import pyplot as plt
 
-from .norm_ratio import draw_range, train
-from .variants import LEARNING_RATES
+from .norm_ratio import LEARNING_RATES, draw_range, train
 
 FLAGS = flags.FLAGS
 

@@ -28,7 +28,7 @@ def command(folder: Path) -> list[str]:
         *(sys.executable, "-m", "runner", "--workload=mnist_vit"),
         f"--submission_path={submission}",
         f"--tuning_search_space={space}",
-        *("--num_tuning_trials=5", "--max_global_steps=667", "--experiment_dir=experiments_out"),
+        *("--num_tuning_trials=5", "--max_global_steps=533", "--experiment_dir=experiments_out"),
         f"--experiment_name={folder.resolve().name}",
     ]
 

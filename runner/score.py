@@ -12,14 +12,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from absl import app, flags
 
+from .plots import colors, plot_profile, plot_times
 from .workloads import WORKLOADS, workload_class
 
 MAX_RATIO = 4.0  # a time above this multiple of the workload's best time is a miss
@@ -205,33 +202,7 @@ def read_times(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, index_col=0).astype(float).fillna(np.inf)
 
 
-# Plots and the command
-
-
-def plot_profile(profile: pd.DataFrame, by: str, path: Path) -> None:
-    """Plot rho(tau) of each submission, best score first."""
-    ranking = scores(profile)
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    for name, color in zip(ranking.index, colors(len(ranking)), strict=True):
-        axes.step(profile.index, profile[name], where="post", color=color, label=f"{ranking[name]:.4f}  {name}")
-    axes.set(
-        xlabel=f"tau: {by} to target over the best submission's", ylabel="share of workloads within tau", ylim=(-0.02, 1.02)
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", title="score")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_times(times: pd.DataFrame, by: str, path: Path) -> None:
-    """Plot one bar per workload and submission: time / best time, or no bar for a miss."""
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    (times / times.min()).replace(np.inf, np.nan).T.plot.bar(ax=axes, width=0.85, legend=False, color=colors(len(times)))
-    axes.set(xlabel="", ylabel=f"{by} to target over the best", title="no bar: target not reached")
-    axes.axhline(1, color="black", linewidth=0.8)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# The command
 
 
 def write_comparison(comparison: Comparison, by: str, folder: Path) -> None:
@@ -239,13 +210,9 @@ def write_comparison(comparison: Comparison, by: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("times", "profile", "scores"):
         getattr(comparison, name).to_csv(folder / f"{name}.csv")
-    plot_profile(comparison.profile, by, folder / "profile.png")
-    plot_times(comparison.counted.loc[comparison.scores.index], by, folder / "times.png")
-
-
-def colors(count: int) -> list[tuple[float, ...]]:
-    """Return the first `count` of 20 colors, always in the same order."""
-    return [plt.colormaps["tab20"](i % 20) for i in [*range(0, 20, 2), *range(1, 20, 2)][:count]]
+    color = colors(comparison.scores.index)
+    plot_profile(comparison.profile, comparison.scores["score"], by, color, folder / "profile.png")
+    plot_times(comparison.counted.loc[comparison.scores.index], by, color, folder / "times.png")
 
 
 def define_flags() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from absl import app, flags
 
-from runner.score import Comparison, compare, plot_profile, read_targets, read_times
+from runner.plots import colors, plot_profile
+from runner.score import Comparison, compare, read_targets, read_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -124,7 +125,8 @@ def page(output: Path) -> str:
     ]
     for version in ("0.5", "0.6"):
         comparison = scored(version)
-        plot_profile(comparison.profile, "time", output / f"profile_{version}.png")
+        color = colors(comparison.times.index)
+        plot_profile(comparison.profile, comparison.scores["score"], "time", color, output / f"profile_{version}.png")
         draw_trials(version, output / f"trials_{version}.png")
         parts += [
             f"## Version {version}",

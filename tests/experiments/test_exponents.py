@@ -1,9 +1,7 @@
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from experiments.exponents import EXPONENTS, step_length, tabulate, variant
+from experiments.exponents import EXPONENTS, LADDERS, entries, step_length, variant
 
 
 def test_steps_have_adams_length_with_grafting_and_scale_with_gradients_without():
@@ -25,10 +23,8 @@ def test_steps_have_adams_length_with_grafting_and_scale_with_gradients_without(
         assert scale == pytest.approx(10 ** (1 - 2 * sum(exponents)), rel=1e-4)
 
 
-def test_the_table_has_all_learning_rates_and_the_other_seeds():
-    def trial(seed, rate, steps):
-        point = {"grafting": "none", "exponents": [0.5, 0.0], "learning_rate": rate}
-        return {"workload": "w", "seed": seed, "point": point, "steps": steps, "best": 0.98765}
-
-    table = tabulate(pd.DataFrame([trial(1, 0.1, 90.0), trial(1, 0.3, np.inf), trial(2, 0.1, 80.0), trial(3, 0.1, np.inf)]))
-    assert table.loc["w", "none", "0.5, 0"].to_list() == ["0.1: 90; 0.3: - (0.988)", "0.1", "80", "- (0.988)"]
+def test_every_variant_has_a_ladder_of_learning_rates(tmp_path):
+    found = entries("mnist_vit", ["adam"], tmp_path)
+    assert [len(entry.points) for entry in found] == [len(LADDERS["adam"])] * len(EXPONENTS)
+    assert {entry.name for entry in found} >= {"adam_0.25_0.25", "adam_0.5_0.0"}
+    assert [point["learning_rate"] for point in found[0].points] == [0.0035, 0.007, 0.014]

@@ -3,14 +3,13 @@
 import pandas as pd
 import pytest
 
-from experiments.norm_ratio import layer_table, train, workload_table
-from experiments.variants import LEARNING_RATES
+from experiments.norm_ratio import LEARNING_RATES, layer_table, train, workload_table
 
 
 @pytest.mark.slow
 def test_a_watched_run_equals_an_unwatched_one(tmp_path):
     runs = [
-        train("airports_dlrm", LEARNING_RATES["airports_dlrm"], steps=6, every=every, folder=tmp_path / str(every))
+        train("flights_dlrm", LEARNING_RATES["flights_dlrm"], steps=6, every=every, folder=tmp_path / str(every))
         for every in (2, 100)
     ]
     assert runs[1].empty

@@ -6,6 +6,7 @@ import importlib
 import io
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,18 @@ def error_of(module, *argv):
         call(module, *argv)
     assert isinstance(stopped.value.code, str)
     return stopped.value.code
+
+
+class InProcess(Executor):
+    """Runs what it is given at once, in this process: new ones take seconds to start."""
+
+    def __init__(self, count=1):
+        pass
+
+    def submit(self, function, /, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future

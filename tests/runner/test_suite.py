@@ -1,179 +1,142 @@
-"""The suite of submissions and workloads: what it runs, what it keeps, how it handles failures, and its report."""
+"""The suite and the comparison: what they run, print, and write."""
 
 import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
-import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from commands import ROOT, TIMEOUT, start
+from commands import InProcess, call, error_of
+from test_study import FIXED, NADAMW, TOY
 
-from runner.suite import BASELINES, OURS, Entry, is_finished, parse_entry, plan
-
-SPACE = ROOT / "runner" / "tuning_search_space.json"
-SUBMISSIONS = {  # what each does at its third step; "waits" at its 26th
-    "ends": "raise spec.TrainingCompleteError",
-    "fails": "raise ArithmeticError('no more')",
-    "crashes": "os._exit(7)",
-    "broken": "pass\nimport no_such_module\ndef other(**arguments):\n    pass",
-    "waits": "while not os.path.exists(f'{__file__}.go'):\n        time.sleep(0.01)\n"
-    "    if arguments['global_step'] == 26:\n        raise spec.TrainingCompleteError",
-}
+from runner import page, study
+from runner.study import parse_entry
+from runner.suite import BASELINES, OURS
 
 
-def write_submission(folder, name):
-    """Write a submission that behaves like ours before that step. Return its path."""
-    path = folder / name / "algorithm.py"
-    path.parent.mkdir(parents=True)
-    path.write_text(
-        "import os, time\n"
-        "from algoperf import spec\n"
-        "import submission as ours\n"
-        "from submission import *\n"
-        "def update_params(**arguments):\n"
-        "    if arguments['global_step'] < 2 or arguments['global_step'] < 25 and 'waits' in __file__:\n"
-        "        return ours.update_params(**arguments)\n"
-        f"    {SUBMISSIONS[name]}\n"
-        "    return ours.update_params(**arguments)\n"
-    )
+def space(folder, *rates):
+    path = folder / f"{'_'.join(map(str, rates))}.json"
+    path.write_text(json.dumps([{"learning_rate": rate, **FIXED} for rate in rates]))
     return path
 
 
-def arguments(folder, submissions, *flags):
-    """Return the command line of a suite on airports_dlrm with one point of our search space."""
-    names = ",".join(f"{path}:{SPACE}" for path in submissions)
-    line = [f"--submissions={names}", "--workloads=airports_dlrm", "--num_tuning_trials=1", f"--experiment_dir={folder}"]
-    return [*line, *flags]
+@pytest.fixture(scope="module", autouse=True)
+def _in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "workers", InProcess)
+        yield
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Run four submissions, of which one ends normally. Return the folder, their paths and the output."""
+    """The output and the folder of a suite of three submissions in two studies, one of which always fails."""
     folder = tmp_path_factory.mktemp("suite")
-    paths = [write_submission(folder / "submissions", name) for name in ("ends", "fails", "crashes", "broken")]
-    result = start("runner.suite", *arguments(folder / "out", paths, "--max_workers=2"))
-    return folder / "out", paths, result.stdout
+    fails = folder / "fails" / "submission.py"
+    fails.parent.mkdir()
+    fails.write_text(NADAMW.read_text() + "\n\ndef update_params(**arguments):\n    raise ArithmeticError('no more')\n")
+    rates = (0.2, 0.1, 0.3, 0.15, 0.25)
+    names = [f"fast={NADAMW}:{space(folder, *rates)}", f"slow={NADAMW}:{space(folder, *(rate / 4 for rate in rates))}"]
+    arguments = [f"--workloads={TOY}", "--studies=2", f"--output_dir={folder}", "--max_workers=2"]
+    with pytest.raises(SystemExit) as stopped:
+        call("runner.suite", f"--submissions={','.join([*names, f'fails={fails}:{space(folder, *rates)}'])}", *arguments)
+    return stopped.value, folder, names, arguments
 
 
-def trial(folder, name):
-    """Return the folder of a submission's only trial."""
-    return folder / name / "study_1" / "airports_dlrm_pytorch" / "trial_1"
+def test_every_baseline_has_five_points():
+    assert len(BASELINES) >= 5
+    for text in (OURS, *BASELINES):
+        assert len({json.dumps(point, sort_keys=True) for point in parse_entry(text, 5).points}) == 5
 
 
-@pytest.mark.slow
-def test_a_failing_trial_is_a_miss_and_stops_no_other(done):
-    folder, _, output = done
-    assert is_finished(trial(folder, "ends"))
-    assert not is_finished(trial(folder, "fails"))
-    assert "ArithmeticError: no more" in (trial(folder, "fails") / "error.txt").read_text()
-    assert "exit status 7" in (trial(folder, "crashes") / "error.txt").read_text()
-    assert "No module named 'no_such_module'" in (trial(folder, "broken") / "error.txt").read_text()
-    assert "failed: " + str(trial(folder, "crashes")) in output
-    scores = pd.read_csv(folder / "report" / "steps" / "scores.csv", index_col=0)
-    assert set(scores.index) == {"ends", "fails", "crashes", "broken"}
-    times = pd.read_csv(folder / "report" / "steps" / "times.csv", index_col=0)
-    assert np.isinf(times["airports_dlrm"]).all()
+def test_a_failed_run_makes_the_exit_status_1_and_is_never_a_time(done):
+    error, folder, *_ = done
+    assert error.code == "error: 10 runs failed"
+    text = (folder / "README.md").read_text()
+    assert text.count("ArithmeticError('no more')") == 10
+    assert "fails" not in set(pd.read_csv(folder / "runs.csv")["submission"])
+    row = next(line for line in text.splitlines() if line.startswith("| fails"))
+    assert [cell.strip() for cell in row.split("|")[2:6]] == ["0 of 1", "0 of 2", "0.000", "0.000 [0.000, 0.000]"]
+    assert "failed" in row
 
 
-@pytest.mark.slow
-def test_the_report_states_what_was_measured_and_what_failed(done):
-    folder, _, output = done
-    text = (folder / "report" / "README.md").read_text()
-    assert re.search(r"\d{4}-\d\d-\d\d, .*, torch ", text)
-    assert "- fails/study_1/airports_dlrm_pytorch/trial_1: ArithmeticError: no more" in text
-    assert "0 of 1" in output
-    for picture in re.findall(r"\]\((.*\.png)\)", text):
-        assert (folder / "report" / picture).read_bytes().startswith(b"\x89PNG"), picture
+def test_the_page_has_scores_ratios_and_pictures(done):
+    _, folder, *_ = done
+    text = (folder / "README.md").read_text()
+    assert "| fast " in text
+    assert "Studies: 2." in text
+    for name in ("profile.png", "ratios.png", "curves.png"):
+        assert f"]({name})" in text
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_the_same_command_runs_only_unfinished_trials(done):
-    folder, paths, _ = done
-    before = {name: (trial(folder, name) / "eval_measurements.csv").stat().st_mtime_ns for name in ("ends", "fails")}
-    assert "2 trials, 1 finished" in start("runner.suite", *arguments(folder, paths[:2])).stdout
-    assert (trial(folder, "ends") / "eval_measurements.csv").stat().st_mtime_ns == before["ends"]
-    assert (trial(folder, "fails") / "error.txt").exists()
+def test_the_same_command_only_writes_the_page_again(done, capfd):
+    _, folder, names, arguments = done
+    table = (folder / "runs.csv").read_bytes()
+    output = call("runner.suite", f"--submissions={','.join(names)}", *arguments)
+    assert (folder / "runs.csv").read_bytes() == table
+    assert "fails" not in output
+    assert "run/s" not in capfd.readouterr().err  # no progress line
 
 
-@pytest.mark.slow
-def test_an_interrupted_trial_resumes(tmp_path):
-    path = write_submission(tmp_path / "submissions", "waits")
-    argv, folder = arguments(tmp_path / "out", [path]), trial(tmp_path / "out", "waits")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runner.suite", *argv],
-        cwd=ROOT,
-        start_new_session=True,
-        # A shell's background jobs ignore Ctrl-C, and child processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workloads=mnist_rsnet"], "unknown workload 'mnist_rsnet'; .* did you mean mnist_resnet?"),
+        (["--workloads=mnist_vit,mnist_vit"], r"the workloads have \['mnist_vit'\] more than once"),
+        ([f"--submissions={NADAMW},{NADAMW}"], r"the submissions have \['nadamw'\] more than once"),
+        (["--submissions=no/such.py"], r"'no/such.py' names no submission: there is no file .*no/such.py"),
+    ],
+)
+def test_invalid_flags_are_named_before_the_first_run(tmp_path, flags, message):
+    error = error_of("runner.suite", f"--output_dir={tmp_path}", *flags)
+    assert re.search(message, error)
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_a_space_with_too_few_points_is_refused(tmp_path):
+    error = error_of("runner.suite", f"--output_dir={tmp_path}", f"--submissions={NADAMW}:{space(tmp_path, 0.1)}")
+    assert "has 1 points; it must have at least 5" in error
+
+
+def test_scores_are_those_of_medians_and_of_single_studies():
+    index = pd.MultiIndex.from_product([["w1", "w2"], [1, 2, 3]], names=["workload", "study"])
+    steps = pd.DataFrame({"a": [10, 10, 10, 20, 20, 20], "b": [10, 40, 20, np.inf, np.inf, 20.0]}, index=index)
+    table = page.score_table(steps)
+    # Of b's medians, 20 is within tau = 2 of 10, two thirds of the range 1 to 4, and the other misses.
+    assert table.loc["b", "score"] == pytest.approx((2 / 3) / 2, abs=0.01)
+    assert table.loc["b", "mean"] == pytest.approx(((1 + 0) / 2 + 0 / 2 + (2 / 3 + 1) / 2) / 3, abs=0.01)
+    assert table.loc["a", "score"] == 1.0
+    assert table.loc["a", "low"] == pytest.approx(1.0)
+
+
+# Comparison
+
+
+def test_a_comparison_prints_ratios_of_variants_and_files(tmp_path):
+    base = space(tmp_path, 0.1)
+    output = call(
+        "runner.compare",
+        f"--base=base={NADAMW}:{base}",
+        '--variants=slow={"learning_rate": 0.005}',
+        f"--variants=same={NADAMW}:{base}",
+        f"--workloads={TOY}",
+        "--seeds=3",
+        "--ladder=1",
+        f"--output_dir={tmp_path}",
+        "--max_workers=2",
     )
-    try:
-        while not (folder / "checkpoint_25").exists():  # after it, the trial waits for a file
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C
-        assert process.wait(TIMEOUT) != 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert not is_finished(folder)
-    path.with_name(f"{path.name}.go").touch()
-    start("runner.suite", *argv)
-    assert is_finished(folder)
-    steps = pd.read_csv(folder / "eval_measurements.csv")
-    assert list(steps["global_step"]) == [1, 25, 27]
-    assert steps["preemption_count"].iloc[-1] == 1
+    ratios = output.split("steps over those of base")[1]
+    assert "1.00 [1.00, 1.00]" in ratios
+    assert "> " in ratios  # the slow one misses
+    table = pd.read_csv(tmp_path / "runs.csv")
+    assert len(table) == 3 * (2 + 3)
 
 
-def test_the_default_is_ours_and_all_baselines_with_five_points_each(tmp_path):
-    entries = [parse_entry(text) for text in (OURS, *BASELINES)]
-    assert [entry.name for entry in entries] == [
-        "shampoo", "adamw", "kl_soap", "muon", "muon_conv", "nadamw", "nadamw_averaged", "psgd_kron", "schedule_free_adamw",
-        "soap", "soap_averaged", "soap_lookahead",
-    ]  # fmt: skip
-    runs = plan(entries, ["mnist_vit", "pydoc_lm"], 3, 5, 0, tmp_path)
-    assert len({run.folder(tmp_path) for run in runs}) == len(runs) == 12 * 2 * 3 * 5
-
-
-@pytest.fixture
-def entry(tmp_path):
-    """Return an entry with two points."""
-    space = tmp_path / "space.json"
-    space.write_text(json.dumps([{"x": 1}, {"x": 2}]))
-    return Entry("s", ROOT / "submission.py", space)
-
-
-def test_a_different_space_in_the_same_folder_is_refused(tmp_path, entry):
-    folder = tmp_path / "s" / "study_1" / "mnist_vit_pytorch" / "trial_2"
-    folder.mkdir(parents=True)
-    (folder / "hparams.json").write_text('{"x": 2}')
-    assert len(plan([entry], ["mnist_vit"], 1, 2, 0, tmp_path)) == 2
-    (folder / "hparams.json").write_text('{"x": 3}')
-    with pytest.raises(ValueError, match=r"is not point 2 of .*space\.json; give another --experiment_dir"):
-        plan([entry], ["mnist_vit"], 1, 2, 0, tmp_path)
-
-
-def test_bad_input_is_named(tmp_path, entry):
-    with pytest.raises(ValueError, match=r"unknown workload 'mnist_vt'; .*did you mean mnist_vit"):
-        plan([entry], ["mnist_vt"], 1, 1, 0, tmp_path)
-    with pytest.raises(ValueError, match=r"\['s'\] more than once; give them names"):
-        plan([entry, entry._replace(search_space=SPACE)], ["mnist_vit"], 1, 1, 0, tmp_path)
-    with pytest.raises(ValueError, match=r"space\.json has 2 points; --num_tuning_trials=3 needs at least 3"):
-        plan([entry], ["mnist_vit"], 1, 3, 0, tmp_path)
-    with pytest.raises(ValueError, match=r"no file /nowhere/submission\.py; it must be \[NAME=\]PATH\[:SEARCH_SPACE\]"):
-        parse_entry("x=/nowhere/submission.py")
-
-
-@pytest.mark.parametrize("name", ["..", "../x", "/tmp/x", "a/b", "."])
-def test_a_submission_stays_inside_the_experiment(name):
-    with pytest.raises(ValueError, match=f"--submissions has the name {re.escape(repr(name))}"):
-        parse_entry(f"{name}={ROOT / 'submission.py'}:{SPACE}")
+@pytest.mark.parametrize("text", ['x={"learning_rate": }', "x={learning_rate: 1}"])
+def test_an_invalid_variant_is_named(tmp_path, text):
+    flags = [f"--base=base={NADAMW}:{space(tmp_path, 0.1)}", f"--variants={text}", f"--output_dir={tmp_path}"]
+    assert f"{text!r} is not a variant" in error_of("runner.compare", *flags)

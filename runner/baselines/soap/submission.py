@@ -1,6 +1,7 @@
 """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's factors. Hyperparameters are from the authors' code.
 
-Vectors have no factors and take Adam's step. The first step only initializes the bases; it does not change the weights.
+Vectors take Adam's step. They have no factors, and neither have dimensions above 1,024, as the rows of a large embedding: their
+eigenvectors would take longer than training. The first step only initializes the bases; it does not change the weights.
 """
 
 from typing import Any
@@ -15,8 +16,9 @@ __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_
 def make_optimizer(model: Any, hyperparameters: Any) -> SOAP:
     """Return the optimizer."""
     h = hyperparameters
-    options = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
-    return SOAP(model.parameters(), **options, precondition_frequency=h.precondition_frequency)
+    options: dict[str, Any] = {"lr": h.learning_rate, "betas": (h.beta1, h.beta2), "weight_decay": h.weight_decay}
+    options |= {"precondition_frequency": h.precondition_frequency, "max_precondition_dim": 1024}
+    return SOAP(model.parameters(), **options)
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:

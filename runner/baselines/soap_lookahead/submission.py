@@ -24,7 +24,7 @@ def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyp
         shampoo_beta=h.beta2,
         weight_decay=h.weight_decay,
         precondition_frequency=h.precondition_frequency,
-        max_precond_dim=10_000,
+        max_precond_dim=1024,
         merge_dims=False,
         momentum_decay=math.inf,
     )
