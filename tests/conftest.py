@@ -1,4 +1,5 @@
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -15,8 +16,10 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed():
+def _same_start(monkeypatch):
+    """Seed torch, and undo changes of sys.path: folders of submissions that a test loads would stay on it."""
     torch.manual_seed(0)
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
