@@ -66,6 +66,7 @@ def plot_intervals(table: pd.DataFrame, reference: str, color: Colors, path: Pat
         axes.plot(values["ratio"], row, marker=marker, color=color[str(name)])
     axes.set_yticks(range(len(table)), table.sort_values("ratio", ascending=False).index)
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set(xlabel=f"steps to target over those of {reference}; arrows are bounds, because runs missed")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
