@@ -41,6 +41,7 @@ FIXED = {
 TUNING_SEEDS, SEEDS = (1001, 1002), tuple(range(1, 11))
 SHARES = (0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 MOST_VARIATION = 0.1
+FACTORS = {"half": 0.5, "tuned": 1.0, "twice": 2.0}  # learning rates over the tuned one
 
 
 def point(rate: float) -> dict[str, Any]:
@@ -103,9 +104,6 @@ def target(table: pd.DataFrame, workload: str) -> float:
     """Return the validation target that follows from the table."""
     curves = curves_at(table, workload, tuned_rate(table, workload), SEEDS)
     return median_at(curves, target_share(curves, workload))
-
-
-FACTORS = {"half": 0.5, "tuned": 1.0, "twice": 2.0}
 
 
 def steps_table(table: pd.DataFrame, workloads: Sequence[str]) -> tuple[pd.DataFrame, pd.Series]:
@@ -180,7 +178,7 @@ def repeats(workloads: Sequence[str]) -> list[Run]:
     """Return the runs of the tuned points, then those of half and twice their learning rates."""
     table = read_table(TABLE)
     tuned = {name: tuned_rate(table, name) for name in workloads}
-    return [run for factor in (1, 0.5, 2) for name, rate in tuned.items() for run in runs_at(name, [factor * rate], SEEDS)]
+    return [run for factor in (1.0, 0.5, 2.0) for name, rate in tuned.items() for run in runs_at(name, [factor * rate], SEEDS)]
 
 
 def main(_: Any) -> None:

@@ -100,7 +100,7 @@ def write_page(
     per_workload = pd.DataFrame({name: format_steps(steps[name], limits) for name in order})
     per_workload.insert(0, "target", [format_target(workload_class(workload)) for workload in workloads])
     relative = ratio.apply(format_ratio, axis=1).unstack("submission").loc[workloads, [name for name in order if name != base]]
-    shown = score_columns(rows, steps, summary, ratio, base, [*names], workloads, count)
+    shown = score_columns(rows, steps, summary, ratio, base, names, workloads, count)
     paragraphs = [
         "# Steps to target",
         describe(rows, entries, count),

@@ -9,21 +9,16 @@ import math
 from typing import Any
 
 from runner.baselines import data_selection, get_batch_size, prepare_for_eval, update_params, with_schedule
-from runner.baselines.eager_heavyball import heavyball
+from runner.baselines.eager_heavyball import heavyball, soap_options
 
 __all__ = ["data_selection", "get_batch_size", "init_optimizer_state", "prepare_for_eval", "update_params"]
 
 
 def init_optimizer_state(workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any) -> dict[str, Any]:
     """Return the optimizer and its learning rate schedule."""
-    h = hyperparameters
     optimizer = heavyball.SOAPNAdam(
         model_params.parameters(),
-        lr=h.learning_rate,
-        betas=(h.beta1, h.beta2),
-        shampoo_beta=h.beta2,
-        weight_decay=h.weight_decay,
-        precondition_frequency=h.precondition_frequency,
+        **soap_options(hyperparameters),
         max_precond_dim=1024,
         merge_dims=False,
         momentum_decay=math.inf,
