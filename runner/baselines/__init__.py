@@ -2,7 +2,7 @@
 
 Each folder holds a submission and a search space of five points. They differ in the learning rate and the horizon: the number
 of steps after which the schedule ends, in step hints. With l four times the method's published learning rate, because runs of a
-few hundred steps need higher rates than long ones, they are (l, 1), (l/2, 0.6), (l, 0.6), (2l, 0.6), and (2l, 1). The other
+few hundred steps need higher rates than long ones, they are (l, 1), (2l, 1), (l/2, 1), (4l, 1), and (2l, 0.6). The other
 hyperparameters are at their published values.
 
 | | published rate | source |
