@@ -30,8 +30,8 @@ from runner.loop import Settings, run_trial
 from runner.workloads import load_workload
 from runner.workloads.base import LaptopWorkload
 from shampoo import AdamWShampoo
-from shampoo.blocks import merged_shape
 from shampoo.diagnostics import gradient_figures, log_diagnostics, weights
+from shampoo.factors import merged_shape
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,9 +86,10 @@ def split_ratios(workload: LaptopWorkload, model: nn.Module, optimizer: AdamWSha
     for batch in workload._build_input_queue([0, 0], "eval_train", "", workload.default_batch_size):
         logits, _ = workload.model_fn(model, batch, None, spec.ForwardPassMode.TRAIN, [0, 0], update_batch_norm=False)
         workload.loss_fn(batch["targets"], logits)["summed"].backward()
-    group, found = optimizer.param_groups[0], {}
+    group: Any = optimizer.param_groups[0]
+    found = {}
     for name, p in model.named_parameters():
-        shape = merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"])
+        shape = merged_shape(tuple(p.shape), group)
         if len(shape) > 1 and p.grad is not None:
             ratio = gradient_figures(p.grad, shape)["nuclear_ratio"]
             found[name] = {"m": shape[0], "n": p.numel() // shape[0], "split_ratio": ratio}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
-from .blocks import Layout, cut, merged_shape, split, stack
+from .blocks import Layout, cut, split, stack
 
 SLACK = 0.03  # how far a rank's operations may exceed the mean if that evens out what ranks send
 
@@ -19,22 +19,20 @@ class Cost(NamedTuple):
 def share_blocks(
     shapes: Sequence[tuple[int, ...]],
     block_size: int,
-    merge: bool,
     flops: Callable[[tuple[int, ...]], float] = prod,
     loads: Sequence[Cost] = (Cost(0.0, 0),),
 ) -> tuple[list[Layout], list[Cost]]:
-    """Cut parameters of these shapes into blocks and assign the blocks; return each rank's layout and load.
+    """Cut parameters of these merged shapes into blocks and assign the blocks; return each rank's layout and load.
 
     `loads` is each rank's cost so far; `flops` maps a block's shape to its operations per step.
     """
-    merged = [merged_shape(shape, block_size, merge) for shape in shapes]
-    grids = [grid for i, shape in enumerate(merged) for grid in cut(shape, block_size, param=i)]
+    grids = [grid for i, shape in enumerate(shapes) for grid in cut(shape, block_size, param=i)]
     if len(loads) > 1:
         grids = [block for grid in grids for block in split(grid)]
     costs = [Cost(flops(grid.block), prod(grid.counts + grid.block)) for grid in grids]
     owners, loads = assign(costs, loads)
     own = [[grid for grid, owner in zip(grids, owners, strict=True) if owner == rank] for rank in range(len(loads))]
-    return [stack(merged, of_rank) for of_rank in own], loads
+    return [stack(shapes, of_rank) for of_rank in own], loads
 
 
 def assign(costs: Sequence[Cost], loads: Sequence[Cost]) -> tuple[list[int], list[Cost]]:

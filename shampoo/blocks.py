@@ -51,26 +51,24 @@ class Layout(NamedTuple):
     params: list[list[int]]  # index of the parameter that each block belongs to: [stack][row]
 
 
-def merge_dims(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    """Drop dimensions of size 1, then merge each dimension into the one before it while their product is <= block_size.
+def merge_dims(shape: tuple[int, ...], block_size: int, max_factor_ratio: float | None = None) -> tuple[int, ...]:
+    """Drop dimensions of size 1, then merge each dimension into the one before it while their product d is <= block_size.
 
-    Return (1,) if no dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), (512, 512, 3, 3) -> (512, 512, 9).
-    Source: the Shampoo submission to the AlgoPerf competition.
+    With max_factor_ratio c, also d^2 <= c n for the number n of elements of a full block, so that merging makes no dimension
+    too large for a factor. Return (1,) if no dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), with c = 1
+    (64, 192, 3); (512, 512, 3, 3) -> (512, 512, 9). Source: the Shampoo submission to the AlgoPerf competition, without c.
     """
+    numel = prod(min(size, block_size) for size in shape)  # merging does not change it
+    largest = block_size if max_factor_ratio is None else min(block_size, (max_factor_ratio * numel) ** 0.5)
     merged: list[int] = []
     for size in shape:
         if size == 1:
             continue
-        if merged and merged[-1] * size <= block_size:
+        if merged and merged[-1] * size <= largest:
             merged[-1] *= size
         else:
             merged.append(size)
     return tuple(merged) or (1,)
-
-
-def merged_shape(shape: tuple[int, ...], block_size: int, merge: bool) -> tuple[int, ...]:
-    """Return the shape that `cut` takes: `merge_dims` of this shape if `merge`, otherwise this shape; (1,) for a scalar."""
-    return merge_dims(shape, block_size) if merge else tuple(shape) or (1,)
 
 
 def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:

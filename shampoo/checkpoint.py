@@ -2,8 +2,9 @@
 
 Each parameter has `step`, the number of steps in which it had a gradient, and the moments in use (`exp_avg`, `exp_avg_sq`,
 `momentum_buffer`), in its shape. For grid n (see `blocks`) and dimension d, both from 0, it has `factors.n.d`, `inv_roots.n.d`,
-and with solver "qr" `eigvecs.n.d`, each (blocks, size, size). Keys do not depend on how blocks are stacked or which rank owns
-them. Other keys are foreign: they are kept unchanged.
+and with solver "qr" `eigvecs.n.d`, each (blocks, size, size); with preconditioner "soap", `eigvecs.n.d` instead of
+`inv_roots.n.d`, and `rotated_exp_avg_sq` instead of `exp_avg_sq`. Keys do not depend on how blocks are stacked or which rank
+owns them. Other keys are foreign: they are kept unchanged.
 
 In version 1, parameters have no `step`, and take that of their group.
 """
@@ -29,7 +30,10 @@ from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
-ADDED = {"factor_frequency", "qr_tolerance", "preconditioner", "maximize"}  # options that a state_dict may lack
+ADDED = {  # options that a state_dict may lack
+    "cautious_decay", "covariance", "factor_frequency", "max_factor_ratio", "maximize", "preconditioner", "qr_tolerance",
+    "unfactored_beta2",
+}  # fmt: skip
 # State that may be missing after a change of groups or of `state`, and then starts at zero.
 MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
@@ -160,8 +164,8 @@ def unpack(
                 "that or delete the parameter's state"
             )
         X = X.to(dtype).contiguous() if X.shape == shape else torch.zeros(shape)
-        if not X.isfinite().all() or (key == "exp_avg_sq" and (X < 0).any()):
-            kinds = "finite and nonnegative" if key == "exp_avg_sq" else "finite"
+        if not X.isfinite().all() or (key.endswith("exp_avg_sq") and (X < 0).any()):
+            kinds = "finite and nonnegative" if key.endswith("exp_avg_sq") else "finite"
             raise ValueError(f"the state of {names[p]} has elements of {key} that are not {kinds}")
         return X
 

@@ -82,16 +82,19 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
 
 
 @lru_cache(maxsize=256)
-def chunks(stacks: tuple[tuple[int, ...], ...], numel: int) -> list[tuple[slice, slice, list[int]]]:
-    """Split the stacks into runs of at most `numel` elements; a larger stack is a run of its own.
+def chunks(
+    stacks: tuple[tuple[int, ...], ...], kinds: tuple[bool, ...], numel: int
+) -> list[tuple[slice, slice, list[int], bool]]:
+    """Split the stacks into runs of one kind and of at most `numel` elements; a larger stack is a run of its own.
 
-    Return for each run its slice of the flat vector, its slice of the list of stacks, and the number of elements per stack.
+    Return for each run its slice of the flat vector, its slice of the list of stacks, the number of elements per stack, and
+    its kind.
     """
     lengths = list(map(prod, stacks))
     ends, found, first = list(accumulate(lengths, initial=0)), [], 0
     for last in range(1, len(stacks) + 1):
-        if last == len(stacks) or ends[last + 1] - ends[first] > numel:
-            found.append((slice(ends[first], ends[last]), slice(first, last), lengths[first:last]))
+        if last == len(stacks) or ends[last + 1] - ends[first] > numel or kinds[last] != kinds[first]:
+            found.append((slice(ends[first], ends[last]), slice(first, last), lengths[first:last], kinds[first]))
             first = last
     return found
 

@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict, get_type_hints
 from torch import Tensor
 
 from .grafting import GRAFTING
-from .preconditioner import PRECONDITIONERS
+from .preconditioner import COVARIANCES, PRECONDITIONERS
 from .roots import SOLVERS
 from .rules import BOOL, EXPONENT, NONE, Rule, either, integer, one_of, pair, real, scalar
 
@@ -19,6 +19,7 @@ class Options(TypedDict):
     eps: Annotated[float, real(0, above=True)]
     weight_decay: Annotated[float, real(0)]
     decoupled_weight_decay: Annotated[bool, BOOL]
+    cautious_decay: Annotated[bool, BOOL]
     momentum: Annotated[float, real(0, 1, below=True)]
     nesterov: Annotated[bool, BOOL]
     nadam: Annotated[bool, BOOL]
@@ -30,10 +31,13 @@ class Options(TypedDict):
     factor_frequency: Annotated[int, integer(1)]
     start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
     preconditioner: Annotated[str, one_of(*PRECONDITIONERS)]
+    covariance: Annotated[str, one_of(*COVARIANCES)]
+    max_factor_ratio: Annotated[float | None, either(real(0, above=True), NONE)]
     exponents: Annotated[float | tuple[float, float] | None, either(EXPONENT, pair(EXPONENT, EXPONENT), NONE)]
     exponent_multiplier: Annotated[float, real(0)]
     grafting: Annotated[str, one_of(*GRAFTING)]
     grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
+    unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE)]
     grafting_eps: Annotated[float, real(0)]
     normalized_grafting: Annotated[bool, BOOL]
     relative_eps: Annotated[bool, BOOL]

@@ -30,6 +30,7 @@ class AdamWShampoo(BucketedOptimizer):
         eps: added to every eigenvalue of a factor before its root; with relative_eps, eps times the factor's trace.
         weight_decay: W <- W - lr weight_decay W if decoupled_weight_decay (as in torch.optim.AdamW); otherwise weight_decay W
             is added to the gradient. Decoupled decay is added to the direction before momentum.
+        cautious_decay: apply decoupled decay only to elements whose weight and direction have the same sign.
         momentum, nesterov: decay rate of an average of the directions, and whether in Nesterov's form; momentum 0: none.
         nadam: precondition betas[0] M + (1 - betas[0]) G instead of M, as NAdam does.
         maximize: take -G for G.
@@ -41,11 +42,20 @@ class AdamWShampoo(BucketedOptimizer):
         precondition_frequency: steps between refreshes of the roots.
         factor_frequency: k: factors take a parameter's first gradient and then every k-th, with decay rate betas[1]^k.
         start_preconditioning_step: step of the first refresh; before it the grafting method alone updates all blocks. None: the
-            group's initial precondition_frequency. With grafting "none", roots are zero before it, and only decay acts.
-        preconditioner: "shampoo".
-        exponents, exponent_multiplier: see `preconditioner.block_exponents`; None is 1/(2k) for each of k dimensions.
+            group's initial precondition_frequency, or 1 for "soap". With grafting "none", roots are zero before it, and only
+            decay acts.
+        preconditioner: "shampoo", or "soap": Adam's step in the eigenbases of the factors (see `preconditioner.Eigenbasis`),
+            with the length that it has there. "soap" needs covariance "gram", solver "eigh" or "qr", a start at step 1, and
+            grafting "adam" (or "rmsprop" or "adagrad", to take their step in place of Adam's). Vectors have no factors then.
+        covariance: "gram": factors are averages of G G^T and G^T G; "kl": of the gradient preconditioned on the other sides
+            (see `Kronecker.update`), for exponents 1/2.
+        max_factor_ratio: c: a dimension d of a block of n elements has a factor only if d^2 <= c n, so that each factor and its
+            root take at most 2 c n elements; None: no limit. c = 1 leaves out vectors and the long sides of thin matrices.
+        exponents, exponent_multiplier: see `factors.block_exponents`; None is 1/(2k) for each of a block's k factors. For
+            "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].
+        unfactored_beta2: the same for blocks without factors, such as vectors; None: as for the others.
         grafting_eps: added to the square root of the second moment.
         normalized_grafting: graft from each block's G / ||G||_F: V always, the step in place of N once roots are in use.
         solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
@@ -88,6 +98,7 @@ class AdamWShampoo(BucketedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        cautious_decay: bool = False,
         momentum: float = 0.0,
         nesterov: bool = False,
         nadam: bool = False,
@@ -100,10 +111,13 @@ class AdamWShampoo(BucketedOptimizer):
         factor_frequency: int = 1,
         start_preconditioning_step: int | None = None,
         preconditioner: str = "shampoo",
+        covariance: str = "gram",
+        max_factor_ratio: float | None = None,
         exponents: float | tuple[float, float] | None = None,
         exponent_multiplier: float = 1.0,
         grafting: str = "adam",
         grafting_beta2: float | None = None,
+        unfactored_beta2: float | None = None,
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
         relative_eps: bool = False,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .blocks import merged_shape
+from .factors import parameter_exponents
 from .group import OPTIONS, Options
-from .preconditioner import block_exponents
-from .roots import SOLVERS
+from .preconditioner import PRECONDITIONERS
 from .rules import check_value, integer
 
 # Options of other torch optimizers that groups may have only if they are off, and why.
@@ -25,8 +24,8 @@ NOT_NEEDED = {
 }
 # Options that determine which state there is. If one changes, state is rebuilt from what fits.
 STRUCTURAL = (
-    "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "exponents", "exponent_multiplier",
-    "grafting", "solver", "bf16_roots",
+    "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "covariance", "max_factor_ratio",
+    "exponents", "exponent_multiplier", "grafting", "solver", "bf16_roots",
 )  # fmt: skip
 
 
@@ -58,9 +57,10 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
             check_parameter(p, name)
             if params[p] > 1:
                 raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
-            if not is_lazy(p):
-                order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
-                SOLVERS[group["solver"]].check(block_exponents(order, cast(Options, group)))
+        own = cast(Options, group)
+        shapes = [tuple(p.shape) for p in group["params"] if not is_lazy(p)]
+        exponents = {each for shape in shapes for each in parameter_exponents(shape, own)}
+        PRECONDITIONERS[group["preconditioner"]].check(own, exponents)
 
 
 def check_names(group: Mapping[str, Any]) -> None:

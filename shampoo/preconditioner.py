@@ -1,19 +1,21 @@
 """Preconditioners. Each holds the matrices of one stack of blocks (B, d1, ..., dk), updates them, and applies them."""
 
-from collections.abc import Iterator, Sequence
-from math import prod
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from math import isclose, prod
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from .roots import SOLVERS, inverse_root
+from .roots import SOLVERS, inverse_root, update_basis
+from .rules import check_value, one_of
 from .update import accumulate
 
 if TYPE_CHECKING:  # `group` needs PRECONDITIONERS
     from .group import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
+COVARIANCES = ("gram", "kl")
 
 
 class Kronecker:
@@ -24,78 +26,110 @@ class Kronecker:
     them. All matrices start at zero.
     """
 
-    NAMES = ("factors", "inv_roots", "eigvecs")
+    NAMES: tuple[str, ...] = ("factors", "inv_roots", "eigvecs")
+    APPLIED = "inv_roots"  # the matrices that `direction` needs
+    ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
+    SECOND_MOMENT = "exp_avg_sq"  # key of the grafting method's second moment
+    FIRST_REFRESH: int | None = None  # default of start_preconditioning_step; None: precondition_frequency
 
     def __init__(
         self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
     ):
-        def matrices(dtype: torch.dtype, needed: bool = True) -> list[Tensor | None]:
-            """Return zeros (B, d, d) for each dimension with a factor if `needed`, None for the others."""
+        def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Tensor | None]:
+            """Return zeros (B, d, d) for each dimension with a factor if they are `needed`, None for the others."""
             return [
-                torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed else None
+                torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed and name in self.NAMES else None
                 for d, p in zip(block, exponents, strict=True)
             ]
 
         blocks, *block = stack
-        self.exponents = exponents
-        self.factors = matrices(dtype)
-        self.inv_roots = matrices(torch.bfloat16 if options["bf16_roots"] else dtype)
-        self.eigvecs = matrices(dtype, needed=SOLVERS[options["solver"]].keeps_basis)
-        self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots yet
+        self.exponents, self.is_kl = exponents, options["covariance"] == "kl"
+        self.factors = matrices("factors")
+        self.inv_roots = matrices("inv_roots", torch.bfloat16 if options["bf16_roots"] else dtype)
+        self.eigvecs = matrices("eigvecs", needed=SOLVERS[options["solver"]].keeps_basis or self.APPLIED == "eigvecs")
+        self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots, or bases, yet
 
     def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
         """A_d <- beta2 A_d + (1 - beta2) U^T U in place, where U = unfold(G, d); for beta2 = 1, A_d <- A_d + U^T U.
 
-        For matrices: L <- beta2 L + (1 - beta2) G G^T, R <- beta2 R + (1 - beta2) G^T G. `present` (B, 1, 1) is 1 for blocks to
-        update and 0 for others; None updates all.
+        For matrices: L <- beta2 L + (1 - beta2) G G^T, R <- beta2 R + (1 - beta2) G^T G. With covariance "kl", G is first
+        contracted with the roots of all other dimensions (the identity until there are roots), and U^T U is times d_d / n for
+        blocks of n elements (Lin et al., arXiv 2509.03378): L <- beta2 L + (1 - beta2) G X_2^2 G^T / d_2.
+
+        `present` (B, 1, 1) is 1 for blocks to update and 0 for others; None updates all.
         """
         for d, A in enumerate(self.factors, start=1):
             if A is None:
                 continue
-            U = unfold(G, d)
+            U = unfold(self.apply_others(G, d) if self.is_kl else G, d)
+            scale = 1 / U.shape[1] if self.is_kl else 1.0
             if present is None and beta2 < 1:
-                A.baddbmm_(U.mT, U, beta=beta2, alpha=1 - beta2)
+                A.baddbmm_(U.mT, U, beta=beta2, alpha=(1 - beta2) * scale)
             else:
-                accumulate(A, U.mT @ U, beta2, present)
+                accumulate(A, (U.mT @ U).mul_(scale), beta2, present)
 
-    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: "Options") -> list[tuple[int, str]]:
+    def refresh(
+        self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None
+    ) -> list[tuple[int, str]]:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
-        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero.
+        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero. V, the stack's second moment
+        (B, d1, ..., dk), does not change.
         """
         rescued, solver = [], options["solver"]
         own = {name: value for name, value in options.items() if name in SOLVERS[solver].options}
-        for X, A, Q, p in zip(self.inv_roots, self.factors, self.eigvecs, self.exponents, strict=True):
-            if A is None or X is None:
-                continue
-            few, limit = max(1, SOLVER_CHUNK // A[0].numel()), torch.finfo(X.dtype).max
-            for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
-                rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice copies nothing
-                basis = Q[rows] if Q is not None else None
-                c = bc2[rows] if isinstance(bc2, Tensor) else bc2
-                roots, causes = inverse_root(
-                    A[rows], c, p, options["eps"], X[rows], basis, relative_eps=options["relative_eps"], solver=solver, **own
-                )
-                X[rows] = roots.clamp(-limit, limit).to(X.dtype)
-                if Q is not None and basis is not None:
-                    Q[rows] = basis
-                rescued += [(some[i], cause) for i, cause in causes.items()]
-                for b in {some[i] for i in causes if not A[some[i]].isfinite().all()}:
-                    A[b] = 0
+        for d, A, rows, some in self.pieces(blocks):
+            X, Q = self.inv_roots[d], self.eigvecs[d]
+            assert X is not None
+            basis = Q[rows] if Q is not None else None
+            roots, causes = inverse_root(
+                A[rows], bc2[rows] if isinstance(bc2, Tensor) else bc2, self.exponents[d], options["eps"], X[rows], basis,
+                relative_eps=options["relative_eps"], solver=solver, **own,
+            )  # fmt: skip
+            limit = torch.finfo(X.dtype).max
+            X[rows] = roots.clamp(-limit, limit).to(X.dtype)
+            if Q is not None and basis is not None:
+                Q[rows] = basis
+            rescued += self.reset(A, some, causes)
         self.rootless.difference_update(blocks)
         return rescued
 
+    def apply_others(self, G: Tensor, d: int) -> Tensor:
+        """Return G contracted with the roots of all dimensions but d >= 1; those of blocks without roots are the identity."""
+        others = [X if e != d else None for e, X in enumerate(self.inv_roots, start=1)]
+        return contract(G, [with_identity(X, self.rootless) if self.rootless else X for X in others])
+
+    def pieces(self, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor, slice | list[int], Sequence[int]]]:
+        """Yield (dimension from 0, its factors, an index of a few blocks, these blocks) until all are done."""
+        for d, A in enumerate(self.factors):
+            if A is None:
+                continue
+            few = max(1, SOLVER_CHUNK // A[0].numel())
+            for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
+                yield d, A, slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some), some  # a slice is a view
+
+    @staticmethod
+    def reset(A: Tensor, some: Sequence[int], causes: dict[int, str]) -> list[tuple[int, str]]:
+        """Set those of the factors with a cause that hold NaN or Inf to zero; return (block, cause) for each cause."""
+        for b in {some[i] for i in causes if not A[some[i]].isfinite().all()}:
+            A[b] = 0
+        return [(some[i], cause) for i, cause in causes.items()]
+
     def find_rootless(self) -> None:
         """Set `rootless` to the blocks whose roots are all zero. Call it after loading."""
-        roots = [X.flatten(1).any(dim=1) for X in self.inv_roots if X is not None]
+        roots = [X.flatten(1).any(dim=1) for X in getattr(self, self.APPLIED) if X is not None]
         self.rootless = set((~torch.stack(roots).any(dim=0)).nonzero().flatten().tolist()) if roots else set()
 
-    def apply(self, N: Tensor) -> Tensor:
+    def rotate(self, G: Tensor) -> Tensor:
+        """Return G in the coordinates in which the grafting method acts: unchanged."""
+        return G
+
+    def direction(self, N: Tensor, A: Tensor) -> Tensor:
         """Return N (B, d1, ..., dk) contracted with X_d along each dimension d; for matrices, X_1 N X_2.
 
         In the paper, this is (L + eps I)^(-1/p) M (R + eps I)^(-1/q). In its one-sided case 1/p or 1/q is 0, and that X_d is
-        the identity.
+        the identity. The grafting method's step A is not used.
         """
         return contract(N, self.inv_roots)
 
@@ -109,31 +143,98 @@ class Kronecker:
         """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
         For each factor of size d: 2 n d to apply its root, 2 n d / factor_frequency to update it, and about
-        25 d^3 / precondition_frequency to refresh its root.
+        25 d^3 / precondition_frequency to refresh its root. With covariance "kl", each update of another factor applies it too.
         """
-        n, updates, refreshes = prod(block), 1 / options["factor_frequency"], 1 / options["precondition_frequency"]
-        return sum(2 * n * d * (1 + updates) + 25 * d**3 * refreshes for d, p in zip(block, exponents, strict=True) if p)
+        sizes = [d for d, p in zip(block, exponents, strict=True) if p]
+        products = len(sizes) if options["covariance"] == "kl" else 1  # per update
+        updates, refreshes = products / options["factor_frequency"], 1 / options["precondition_frequency"]
+        return sum(2 * prod(block) * d * (1 + updates) + 25 * d**3 * refreshes for d in sizes)
+
+    @classmethod
+    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+        """Raise ValueError for options that do not go together, given the exponents of all blocks with factors."""
+        for each in exponents:
+            SOLVERS[options["solver"]].check(each)
+            if options["covariance"] == "kl" and not all(p == 0 or isclose(p, 0.5) for p in each):
+                raise ValueError(
+                    f"covariance 'kl' is defined for exponents 1/2; here those of a block are {each}: set exponents=0.5"
+                )
 
 
-PRECONDITIONERS = {"shampoo": Kronecker}
+class Eigenbasis(Kronecker):
+    """SOAP (Vyas et al., arXiv 2409.11321): the grafting method's step, Adam's, taken in the eigenbases of the factors.
 
-
-def block_exponents(order: int, options: "Options") -> tuple[float, ...]:
-    """Return the exponent of each factor's inverse root for a block of order k; in the paper, 1/p and 1/q.
-
-    If `exponents` is None, each is 1/(2k); if it is a number, each is that number. For a pair (left, right), the first
-    dimension gets left and each other one right/(k-1); a block of order 1 gets left + right. All are times
-    `exponent_multiplier`.
+    `eigvecs` holds a basis Q_d, with columns in descending order of their eigenvalue, for each dimension d with a factor. The
+    direction is A contracted with Q_d^T, where A is the step for N contracted with Q_d, and the second moment is that of the
+    gradient contracted with Q_d. For matrices, P = Q_1 A Q_2^T, and A = N' / (sqrt(V / bc2) + grafting_eps) with
+    N' = Q_1^T N Q_2. So the length is Adam's own: there is nothing to graft.
     """
-    exponents = options["exponents"]
-    if exponents is None:
-        each = [1 / (2 * order)] * order
-    elif isinstance(exponents, (tuple, list)):
-        left, right = exponents
-        each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
-    else:
-        each = [exponents] * order
-    return tuple(options["exponent_multiplier"] * e for e in each)
+
+    NAMES = ("factors", "eigvecs")
+    APPLIED = "eigvecs"
+    ROTATES = True
+    SECOND_MOMENT = "rotated_exp_avg_sq"
+    FIRST_REFRESH = 1
+    NEEDED: ClassVar = {
+        "covariance": one_of("gram"),
+        "solver": one_of("eigh", "qr"),
+        "grafting": one_of("adam", "rmsprop", "adagrad"),
+        "normalized_grafting": one_of(False),
+        "start_preconditioning_step": one_of(1),
+        "bf16_roots": one_of(False),
+    }
+
+    def refresh(
+        self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None
+    ) -> list[tuple[int, str]]:
+        """Bring the bases of these blocks up to date with their factors; see `roots.update_basis`.
+
+        Where columns of a basis change places, so do the elements of the second moment V (B, d1, ..., dk), in place.
+        """
+        rescued = []
+        for d, A, rows, some in self.pieces(blocks):
+            Q = self.eigvecs[d]
+            assert Q is not None
+            assert V is not None
+            Q[rows], order, causes = update_basis(A[rows], Q[rows], options["solver"], options["qr_tolerance"])
+            if order is not None:
+                places = order.view(-1, *(order.shape[1] if e == d else 1 for e in range(len(self.factors))))
+                V[rows] = torch.take_along_dim(V[rows], places, dim=d + 1)
+            rescued += self.reset(A, some, causes)
+        self.rootless.difference_update(blocks)
+        return rescued
+
+    def rotate(self, G: Tensor) -> Tensor:
+        """Return G (B, d1, ..., dk) contracted with Q_d along each dimension d; for matrices, Q_1^T G Q_2."""
+        return contract(G, self.eigvecs)
+
+    def direction(self, N: Tensor, A: Tensor) -> Tensor:
+        """Return the step A in the eigenbases contracted with Q_d^T along each dimension d; for matrices, Q_1 A Q_2^T."""
+        return contract(A, [Q if Q is None else Q.mT for Q in self.eigvecs])
+
+    @staticmethod
+    def cost(block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
+        """Return the floating-point operations per step, as for Kronecker, but with 6 n d to apply each basis of size d."""
+        n, sizes = prod(block), [d for d, p in zip(block, exponents, strict=True) if p]
+        return Kronecker.cost(block, exponents, options) + sum(4 * n * d for d in sizes)
+
+    @classmethod
+    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+        """Raise ValueError for an option that preconditioner "soap" is not defined for."""
+        for name, rule in cls.NEEDED.items():
+            check_value(f"with preconditioner 'soap', {name}", options[name], rule)  # type: ignore[literal-required]
+
+
+PRECONDITIONERS: dict[str, type[Kronecker]] = {"shampoo": Kronecker, "soap": Eigenbasis}
+
+
+def with_identity(X: Tensor | None, blocks: Collection[int]) -> Tensor | None:
+    """Return X (B, d, d) with the identity for these blocks, or None if these are all."""
+    if X is None or len(blocks) == len(X):
+        return None
+    X = X.clone()
+    X[sorted(blocks)] = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    return X
 
 
 def unfold(G: Tensor, d: int) -> Tensor:
@@ -145,10 +246,9 @@ def unfold(G: Tensor, d: int) -> Tensor:
 
 
 def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """Contract N (B, d1, ..., dk) with a symmetric matrix (B, d_d, d_d) along each dimension d; None is the identity.
+    """Contract N (B, d1, ..., dk) with the rows of a matrix (B, d_d, d_d) along each dimension d; None is the identity.
 
-    The matrices must be symmetric: the first multiplies from the left, the others from the right. The order 1, k, k-1, ..., 2
-    copies N only for dimensions other than the first and the last.
+    For matrix blocks, this is X_1^T N X_2. The order 1, k, k-1, ..., 2 copies N only for inner dimensions.
     """
     for d in (1, *range(len(matrices), 1, -1)):
         X = matrices[d - 1]
@@ -156,7 +256,7 @@ def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
             continue
         X = X.to(N.dtype)
         if d == 1:
-            N = (X @ N.reshape(*N.shape[:2], -1)).view(N.shape)
+            N = (X.mT @ N.reshape(*N.shape[:2], -1)).view(N.shape)
         else:
             moved = N.movedim(d, -1)
             N = (moved.flatten(1, -2) @ X).view(moved.shape).movedim(-1, d)

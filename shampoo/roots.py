@@ -11,6 +11,7 @@ batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import isclose
 from typing import NamedTuple
 
@@ -39,25 +40,41 @@ def eigh(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -
     return eigen_power(lam * s, basis, p, eps)
 
 
-def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
-    """Return Q (s Lambda + eps I)^(-p) Q^T with Rayleigh quotients lambda_i = q_i^T A q_i, updating the basis Q only if needed.
+def descending_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues in descending order and their eigenvectors."""
+    lam, basis = torch.linalg.eigh(A)
+    return lam.flip(1), basis.flip(2)
 
-    With B = Q^T A Q, Q is kept while ||B - diag B||_F <= qr_tolerance ||B||_F (the test of Eschenhagen et al., arXiv
-    2506.03595); since ||B||_F = ||A||_F, this needs only the product A Q. Otherwise, Q takes one step of orthogonal iteration:
-    Q <- qr(A Q), columns in descending order of lambda. The first Q comes from `eigh`.
+
+def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Turn the bases Q toward the eigenvectors of A in place, where needed.
+
+    Return their Rayleigh quotients lambda_i = q_i^T A q_i (B, d), and which old column each column follows (B, d).
+
+    With B = Q^T A Q, Q is kept while ||B - diag B||_F <= tolerance ||B||_F (the test of Eschenhagen et al., arXiv 2506.03595);
+    since ||B||_F = ||A||_F, this needs only the product A Q. Otherwise, Q takes one step of orthogonal iteration: Q <- qr(A Q),
+    columns in descending order of lambda. The first Q, after zeros, comes from `eigh`.
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
+    order = torch.arange(A.shape[-1], device=A.device).expand(len(A), -1)
     square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
-    turn = square - lam.square().sum(dim=1) > qr_tolerance**2 * square
+    turns = square - lam.square().sum(dim=1) > tolerance**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
     if first.any():
-        lam[first], Q[first] = torch.linalg.eigh(A[first])
-        turn = turn & ~first
-    if turn.any():
-        order = lam[turn].argsort(dim=1, descending=True).unsqueeze(1)
-        basis = torch.linalg.qr(torch.take_along_dim(AQ[turn], order, dim=2)).Q
-        Q[turn], lam[turn] = basis, (basis * (A[turn] @ basis)).sum(dim=1)
+        lam[first], Q[first] = descending_eigh(A[first])
+        turns = turns & ~first
+    if turns.any():
+        order = order.clone()
+        order[turns] = lam[turns].argsort(dim=1, descending=True)
+        basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
+        Q[turns], lam[turns] = basis, (basis * (A[turns] @ basis)).sum(dim=1)
+    return lam, order
+
+
+def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
+    """Return Q (s Lambda + eps I)^(-p) Q^T with the Rayleigh quotients lambda of Q, after `turn`."""
+    lam, _ = turn(A, Q, qr_tolerance)
     return eigen_power(lam * s, Q, p, eps)
 
 
@@ -161,8 +178,30 @@ def inverse_root(
             if Q is not None:
                 Q.zero_()  # it may hold NaN; the next call starts from `eigh`
         alone = [slice(b, b + 1) for b in range(len(A))]
-        rescued = [_rescue(matrices[b], s[b], p, shift[b], previous[b]) for b in alone]
+        rescued = [_rescue(matrices[b], partial(_root, s=s[b], p=p, eps=shift[b]), previous[b]) for b in alone]
     return torch.cat([X for X, _ in rescued]), {b: cause for b, (_, cause) in enumerate(rescued) if cause}
+
+
+def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor | None, dict[int, str]]:
+    """Return orthogonal bases of eigenvectors of A (B, d, d), columns in descending order of their eigenvalues.
+
+    Solver "qr" starts from `previous` and a `tolerance`; see `turn`. "eigh" is exact. Also return which old column each column
+    follows (B, d), or None for each its own, and notes on bases that needed a fallback, as `inverse_root` does: they are
+    recomputed in float64, or if that fails, or the matrix is not finite, stay `previous`, or the identity for zeros.
+    """
+    s = _scales(A, 1.0, torch.finfo(A.dtype).tiny)
+    matrices, Q = A / s.unsqueeze(2), previous.clone()
+    with full_precision():
+        try:
+            _finite(s)
+            if solver == "qr":
+                order = turn(matrices, Q, tolerance)[1]
+                return _finite(Q), order, {}
+            return _finite(_basis(matrices)), None, {}
+        except LinAlgError:
+            alone = [slice(b, b + 1) for b in range(len(A))]
+        rescued = [_rescue(matrices[b], _basis, previous[b]) for b in alone]
+    return torch.cat([Q for Q, _ in rescued]), None, {b: cause for b, (_, cause) in enumerate(rescued) if cause}
 
 
 def _scales(A: Tensor, c: float | Tensor, eps: float) -> Tensor:
@@ -177,12 +216,21 @@ def _finite(X: Tensor) -> Tensor:
     return X
 
 
-def _rescue(A: Tensor, s: Tensor, p: float, eps: Tensor, previous: Tensor) -> tuple[Tensor, str]:
-    """Return the root of one matrix (1, d, d) and how it was found, "" for `eigh` in its own dtype; see `inverse_root`."""
+def _root(A: Tensor, s: Tensor, p: float, eps: Tensor) -> Tensor:
+    """Return `eigh` in A's dtype."""
+    return eigh(A, s.to(A.dtype), p, eps.to(A.dtype))
+
+
+def _basis(A: Tensor) -> Tensor:
+    """Return the eigenvectors of `descending_eigh`."""
+    return descending_eigh(A)[1]
+
+
+def _rescue(A: Tensor, compute: Callable[[Tensor], Tensor], previous: Tensor) -> tuple[Tensor, str]:
+    """Return compute(A) for one matrix (1, d, d), or what stands in for it, and how it was found, "" in A's own dtype."""
     for dtype, found in ((A.dtype, ""), (torch.float64, "computed in float64")):
         try:
-            exact = eigh(_finite(A).to(dtype), s.to(dtype), p, eps.to(dtype))
-            return _finite(exact.to(A.dtype)), found
+            return _finite(compute(_finite(A).to(dtype)).to(A.dtype)), found
         except LinAlgError:
             continue
     if previous.any() and torch.isfinite(previous).all():

@@ -13,21 +13,19 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
-from .blocks import Layout, merged_shape
+from .blocks import Layout
+from .factors import block_exponents, merged_shape, parameter_exponents
 from .grafting import GRAFTING
 from .group import Group
-from .preconditioner import PRECONDITIONERS, block_exponents
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+from .preconditioner import PRECONDITIONERS
 
 
 @dataclass
 class Bucket:
     """Parameters of one group with the same device, state dtype, and `factored`, and one rank's part of their state.
 
-    Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters with a dimension >=
-    max_dim, and vectors if precondition_vectors is False, are not `factored`: they have no preconditioners, and the grafting
-    method alone updates them.
+    Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters of which no block has
+    factors are not `factored`: they have no preconditioners. The grafting method alone updates blocks without factors.
     """
 
     group: Group
@@ -39,15 +37,20 @@ class Bucket:
     rank: int  # the rank that owns this state
 
     def __post_init__(self) -> None:
-        group, self.layout, grafting = self.group, self.layouts[self.rank], GRAFTING[self.group["grafting"]]
-        self.grafting = grafting if self.factored or grafting.second_moment else GRAFTING["adam"]
+        group, self.layout, kind = self.group, self.layouts[self.rank], PRECONDITIONERS[self.group["preconditioner"]]
+        exponents = [block_exponents(block, group) if self.factored else None for _, *block in self.layout.stacks]
+        self.has_factors = tuple(each is not None for each in exponents)  # of each stack
+        everywhere = self.factored and all(block_exponents(block, group) for each in self.layouts for _, *block in each.stacks)
         self.exp_avg = self.zeros() if group["betas"][0] else None
-        self.exp_avg_sq = self.zeros() if self.grafting.second_moment else None
+        self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
+        make = partial(kind, options=group, dtype=self.dtype, device=self.device)
         stacks = self.layout.stacks if self.factored else ()
-        make = partial(PRECONDITIONERS[group["preconditioner"]], options=group, dtype=self.dtype, device=self.device)
-        self.preconditioners = [make(stack, block_exponents(len(stack) - 1, group)) for stack in stacks]
-        self.names = {"step", *PRECONDITIONERS[group["preconditioner"]].NAMES, *dict(moments(self))}  # of its state
+        self.preconditioners = [
+            make(stack, each or (0.0,) * (len(stack) - 1)) for stack, each in zip(stacks, exponents, strict=False)
+        ]
+        self.second_moment = kind.SECOND_MOMENT if self.factored else "exp_avg_sq"  # its key
+        self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
         self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
 
@@ -62,7 +65,8 @@ class Bucket:
 
 def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the flat vector of each moment that the bucket keeps."""
-    return ((name, flat) for name in MOMENTS if (flat := getattr(bucket, name)) is not None)
+    found = {"exp_avg": bucket.exp_avg, bucket.second_moment: bucket.exp_avg_sq, "momentum_buffer": bucket.momentum_buffer}
+    return ((name, flat) for name, flat in found.items() if flat is not None)
 
 
 def tensors(bucket: Bucket) -> list[Tensor]:
@@ -82,25 +86,21 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
         for p in group["params"]:
             if not is_lazy(p) and p.numel():
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                members.setdefault((has_factors(p, group), p.device, dtype), []).append(p)
+                factored = bool(parameter_exponents(tuple(p.shape), group))
+                members.setdefault((factored, p.device, dtype), []).append(p)
         most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
         for (factored, device, dtype), params in most_expensive_first:
-            shapes, flops = [tuple(p.shape) for p in params], partial(block_flops, group, factored)
-            layouts, loads = share_blocks(shapes, group["block_size"], group["merge_dims"], flops, loads)
+            shapes, flops = [merged_shape(tuple(p.shape), group) for p in params], partial(block_flops, group, factored)
+            layouts, loads = share_blocks(shapes, group["block_size"], flops, loads)
             buckets.append(Bucket(group, params, device, dtype, factored, layouts, rank))
     return buckets
 
 
-def has_factors(p: Tensor, group: Group) -> bool:
-    """Return whether p has factors: all dimensions < max_dim, and either order > 1 after merging or precondition_vectors."""
-    order = len(merged_shape(tuple(p.shape), group["block_size"], group["merge_dims"]))
-    return max(p.shape, default=1) < group["max_dim"] and (order > 1 or group["precondition_vectors"])
-
-
 def block_flops(group: Group, factored: bool, block: tuple[int, ...]) -> float:
     """Return a block's floating-point operations per step: 20 per element, plus the preconditioner's `cost` if factored."""
+    exponents = block_exponents(block, group) if factored else None
     cost = PRECONDITIONERS[group["preconditioner"]].cost
-    return 20 * prod(block) + (cost(block, block_exponents(len(block), group), group) if factored else 0)
+    return 20 * prod(block) + (cost(block, exponents, group) if exponents else 0)
 
 
 def is_own(bucket: Bucket, key: Any) -> bool:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import update
-from .copies import Inputs, add, chunks, flat_views, flatten, load, spread, stack_views
+from .copies import Inputs, add, chunks, flatten, load, spread, stack_views
 from .due import due_blocks
+from .grafting import GRAFTING, Grafting
+from .group import Group
+from .preconditioner import Kronecker
 from .state import Bucket
 
 GRAFTING_CHUNK = 7 * 2**20  # elements per chunk, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
@@ -21,7 +25,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     The weights do not change. `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as
     zero, and so is P.
     """
-    group, layout, grafting, V = bucket.group, bucket.layout, bucket.grafting, bucket.exp_avg_sq
+    group, layout, V = bucket.group, bucket.layout, bucket.exp_avg_sq
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
     counts = [steps + 1 if G is not None else 0 for steps, G in zip(bucket.steps, inputs.grads, strict=True)]
     bucket.steps = [count or steps for count, steps in zip(counts, bucket.steps, strict=True)]
@@ -37,34 +41,66 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         update_factors(bucket, counts, stacks, of_params)
         refresh_roots(bucket, t, start, of_params)
 
-    # Moments V and M, and the averaged gradient N, which overwrites G
-    normalized = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
-    graft_beta2 = 1.0 if grafting.sums else group["betas"][1] if group["grafting_beta2"] is None else group["grafting_beta2"]
-    if V is not None:
-        update.accumulate_squares(V, normalized, graft_beta2, present)
+    # Second moment V, of what the grafting method takes for the gradient
+    methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
+    parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
+    rotates = bucket.factored and bucket.preconditioners[0].ROTATES
+    grafted = rotate(bucket.preconditioners, stacks) if rotates else G
+    if group["normalized_grafting"]:
+        grafted = flatten(list(map(update.normalize, stacks)))
+    for part, _, _, factored in parts:
+        if V is not None:
+            update.accumulate_squares(V[part], grafted[part], methods[factored].beta2, update.at(present, part))
+
+    # First moment M, and the averaged gradient N, which overwrites G
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
-    bc2 = update.bias_corrections(graft_beta2, counts, of_params)
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
-    # Directions P = X_L N X_R, rescaled to the norm of the grafting method's step A
-    if bucket.factored and (t >= start or not grafting.sets_length):
-        P = N
-        for part, some, lengths in chunks(layout.stacks, GRAFTING_CHUNK):
-            V_part, bc2_part = V if V is None else V[part], bc2[part] if isinstance(bc2, Tensor) else bc2
-            A = grafting.step(normalized[part], V_part, bc2_part, group["grafting_eps"]).split_with_sizes(lengths)
-            for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
-                if bad := update.graft(bucket.preconditioners[i].apply(S), A_S.view_as(S), grafting.sets_length, out=S):
-                    bucket.note(i, bad, "directions not finite")
-    else:
-        P = grafting.step(N, V, bc2, group["grafting_eps"])
-        views = flat_views(layout, P, inputs.grads)
+    # Directions P = X_L N X_R, rescaled to the norm of the grafting method's step A; they overwrite N, which `grafted` now is
+    # too if it was G
+    for part, some, lengths, factored in parts:
+        method, _, bc2 = methods[factored]
+        step = partial(method.step, V=update.at(V, part), bc2=update.at(bc2, part), eps=group["grafting_eps"])
+        if not factored or (t < start and method.sets_length):
+            N[part].copy_(step(N[part]))
+            continue
+        preconditioners = bucket.preconditioners[some]
+        A = step(rotate(preconditioners, stacks[some]) if rotates else grafted[part]).split_with_sizes(lengths)
+        for i, preconditioner, S, A_S in zip(range(some.start, some.stop), preconditioners, stacks[some], A, strict=True):
+            P = preconditioner.direction(S, A_S.view_as(S))
+            if bad := update.graft(P, A_S.view_as(S), method.sets_length and not rotates, out=S):
+                bucket.note(i, bad, "directions not finite")
 
     # Decoupled decay, then momentum
     if group["weight_decay"] and group["decoupled_weight_decay"]:
-        add(views, inputs.views[bucket.rank], group["weight_decay"])
+        decay = update.cautious_decay if group["cautious_decay"] else add
+        decay(views, inputs.views[bucket.rank], group["weight_decay"])
     if bucket.momentum_buffer is not None:
-        update.momentum(bucket.momentum_buffer, P, group["momentum"], group["nesterov"], present)
-    return (P if finite is None else P.masked_fill_(~finite.to(bucket.device), 0)), views
+        update.momentum(bucket.momentum_buffer, N, group["momentum"], group["nesterov"], present)
+    return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
+
+
+class Method(NamedTuple):
+    """The grafting method for blocks with factors, or for those without."""
+
+    grafting: Grafting
+    beta2: float
+    bc2: float | Tensor  # 1 - beta2^t
+
+
+def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_params: Spread) -> Method:
+    """Return the grafting method of the group's blocks with factors, or of those without, whose method must scale by V."""
+    grafting = GRAFTING[group["grafting"]]
+    if not factored and not grafting.second_moment:
+        grafting = GRAFTING["adam"]
+    own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
+    beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
+    return Method(grafting, beta2, update.bias_corrections(beta2, counts, of_params))
+
+
+def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Tensor:
+    """Return each preconditioner's `rotate` of its stack, in a new flat vector."""
+    return flatten([preconditioner.rotate(S) for preconditioner, S in zip(preconditioners, stacks, strict=True)])
 
 
 def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -115,7 +151,8 @@ def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None
         return
     counted = [update.factor_steps(steps, every) for steps in bucket.steps]
     bc2 = update.bias_corrections(group["betas"][1], counted, of_params) if group["bias_correction"] else 1.0
+    V = stack_views(layout.stacks, bucket.exp_avg_sq) if bucket.exp_avg_sq is not None else [None] * len(layout.stacks)
     for i, blocks in found.items():
         own = stack_views(layout.stacks, bc2)[i].flatten(1)[:, :1] if isinstance(bc2, Tensor) else bc2
-        for block, cause in bucket.preconditioners[i].refresh(blocks, own, group):
+        for block, cause in bucket.preconditioners[i].refresh(blocks, own, group, V[i]):
             bucket.note(i, [block], f"roots {cause}")

@@ -6,7 +6,7 @@ Li, Dong & Lin (arXiv 2601.07326), whose abstract names it without details:
     L <- beta2 L + (1 - beta2) G G^T          R <- beta2 R + (1 - beta2) G^T G        Kronecker.update
     X_L = (L + eps I)^(-1/p)                  X_R = (R + eps I)^(-1/q)                Kronecker.refresh
     M <- beta1 M + (1 - beta1) G                                                      average
-    P = X_L M X_R                                                                     Kronecker.apply
+    P = X_L M X_R                                                                     Kronecker.direction
     P <- P + wd W                                                                     step.compute_directions
     W <- W - lr P                                                                     copies.move
 
@@ -24,6 +24,7 @@ a gradient, and 0 for blocks without, whose state does not change.
 import ctypes
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,11 @@ def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float |
     return G.lerp_(M, beta1).div_(bc1) if nadam else torch.div(M, bc1, out=G)
 
 
+def at(x: Any, part: slice) -> Any:
+    """Return x[part] if x is a tensor, otherwise x, which is for all elements alike."""
+    return x[part] if isinstance(x, Tensor) else x
+
+
 def block_norms(S: Tensor) -> Tensor:
     """Return the Frobenius norm of each block of S (B, d1, ..., dk), as (B, 1, ..., 1)."""
     norms: Tensor = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim())), keepdim=True)
@@ -137,6 +143,12 @@ def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:
         return True
     pairs = zip(found, lengths.flatten().tolist(), strict=True)
     return all(SMALLEST_NORM < norm < LARGEST_NORM or norm == length == 0 for norm, length in pairs)
+
+
+def cautious_decay(P: Sequence[Tensor], W: Sequence[Tensor], weight_decay: float) -> None:
+    """P <- P + weight_decay W in place where P W > 0, that is, where the step reduces |W| anyway (arXiv 2411.16085)."""
+    for P_i, W_i in zip(P, W, strict=True):
+        P_i.add_(W_i * (P_i * W_i > 0), alpha=weight_decay)
 
 
 def momentum(B: Tensor, P: Tensor, mu: float, nesterov: bool, present: Tensor | None) -> None:

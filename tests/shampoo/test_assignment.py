@@ -31,8 +31,9 @@ def test_elements_are_balanced_too_where_costs_allow_it():
 
 def test_the_blocks_of_all_ranks_are_those_of_a_single_process():
     shapes = [(5, 7), (4,), (), (3, 3, 3), (8, 8)]
-    (single,), _ = share_blocks(shapes, 4, merge=False)
-    distributed, _ = share_blocks(shapes, 4, merge=False, flops=prod, loads=[Cost(0.0, 0)] * 3)
+    merged = [shape or (1,) for shape in shapes]
+    (single,), _ = share_blocks(merged, 4)
+    distributed, _ = share_blocks(merged, 4, flops=prod, loads=[Cost(0.0, 0)] * 3)
     tensors = [torch.randn(shape) for shape in shapes]
     flats = [load(layout, tensors, torch.float32, torch.device("cpu"))[0] for layout in distributed]
     assert sum(layout.numel for layout in distributed) == single.numel

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo.assignment import share_blocks
+from shampoo.blocks import merge_dims
 from shampoo.copies import chunks, flatten, load, move, read, stack_views
 
 shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
@@ -18,7 +19,7 @@ shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 def test_load_assemble_and_move_are_consistent(shapes, block_size, merge, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    (layout,), _ = share_blocks(shapes, block_size, merge)
+    (layout,), _ = share_blocks([merge_dims(shape, block_size) if merge else shape or (1,) for shape in shapes], block_size)
     flat, _ = load(layout, tensors, torch.float32, torch.device("cpu"))
     assert flat.numel() == layout.numel == sum(x.numel() for x in tensors)
     assert torch.equal(flatten(stack_views(layout.stacks, flat)), flat)
@@ -39,7 +40,7 @@ def test_what_no_view_can_update_is_updated_all_the_same(decay):
     params = make_params((4, 3, 2, 2), (5, 3), (6, 4))
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
     params[1].data = params[1].data.T
-    (layout,), _ = share_blocks([tuple(p.shape) for p in params], block_size=4, merge=True)
+    (layout,), _ = share_blocks([merge_dims(tuple(p.shape), 4) for p in params], block_size=4)
     before, grads = [p.detach().clone() for p in params], [torch.randn(p.shape) for p in params]
     for p, G in zip(params, grads):
         p.grad = G
@@ -54,7 +55,7 @@ def test_what_no_view_can_update_is_updated_all_the_same(decay):
 
 
 def test_a_stack_holds_the_blocks_of_one_shape_in_the_order_of_parameters():
-    (layout,), _ = share_blocks([(4, 6), (2, 3), (5, 3)], block_size=3, merge=False)
+    (layout,), _ = share_blocks([(4, 6), (2, 3), (5, 3)], block_size=3)
     X, Y, Z = torch.arange(24.0).view(4, 6), 100 + torch.arange(6.0).view(2, 3), 200 + torch.arange(15.0).view(5, 3)
     flat, _ = load(layout, [X, Y, Z], torch.float32, torch.device("cpu"))
     by_shape = {tuple(stack.shape[1:]): stack for stack in stack_views(layout.stacks, flat)}
@@ -65,9 +66,11 @@ def test_a_stack_holds_the_blocks_of_one_shape_in_the_order_of_parameters():
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=8), st.integers(1, 40))
 def test_chunks_are_consecutive_and_no_longer_than_allowed(stacks, numel):
-    found = chunks(tuple(stacks), numel)
+    kinds = tuple(d % 2 == 0 for _, d in stacks)
+    found = chunks(tuple(stacks), kinds, numel)
     lengths = [b * d for b, d in stacks]
-    assert [length for _, some, of_stacks in found for length in of_stacks] == lengths
-    assert [i for _, some, _ in found for i in range(len(stacks))[some]] == list(range(len(stacks)))
-    assert [i for part, _, _ in found for i in range(sum(lengths))[part]] == list(range(sum(lengths)))
-    assert all(sum(of_stacks) <= numel or len(of_stacks) == 1 for _, _, of_stacks in found)
+    assert [length for _, some, of_stacks, _ in found for length in of_stacks] == lengths
+    assert [i for _, some, *_ in found for i in range(len(stacks))[some]] == list(range(len(stacks)))
+    assert [i for part, *_ in found for i in range(sum(lengths))[part]] == list(range(sum(lengths)))
+    assert all(sum(of_stacks) <= numel or len(of_stacks) == 1 for _, _, of_stacks, _ in found)
+    assert all(kinds[some] == (kind,) * len(of_stacks) for _, some, of_stacks, kind in found)

@@ -16,6 +16,8 @@ BASE = dict(AdamWShampoo([torch.zeros(1)]).defaults) | {
     "start_preconditioning_step": 2,
     "block_size": 1024,
 }
+# At the first step, a matrix is diagonal in its own eigenbases up to rounding, which an eps of 1e-8 would let through.
+SOAP = {"preconditioner": "soap", "start_preconditioning_step": 1, "grafting_eps": 1e-5}
 CASES = {
     "base": {},
     "blocks of 4": {"block_size": 4},
@@ -60,6 +62,38 @@ CASES = {
     "staggered at every step": {"stagger": True, "precondition_frequency": 1},
     "vectors without factors": {"precondition_vectors": False},
     "vectors without factors, sgd": {"precondition_vectors": False, "grafting": "sgd", "block_size": 7},
+    "relative eps": {"relative_eps": True},
+    "ratio 1": {"max_factor_ratio": 1},
+    "ratio 2, one power": {"max_factor_ratio": 2.0, "exponents": 0.5},
+    "ratio 1/2, blocks": {"max_factor_ratio": 0.5, "block_size": 4},
+    "ratio 2/3, sgd": {"max_factor_ratio": 0.67, "grafting": "sgd", "block_size": 4, "merge_dims": False},
+    "ratio 2/3, none": {"max_factor_ratio": 0.67, "grafting": "none", "block_size": 4, "merge_dims": False},
+    "ratio 1, unmerged, left and right": {"max_factor_ratio": 1.0, "exponents": (0.3, 0.4), "merge_dims": False},
+    "beta2 of unfactored blocks": {"max_factor_ratio": 0.67, "unfactored_beta2": 0.8, "block_size": 4},
+    "beta2 of vectors": {"precondition_vectors": False, "unfactored_beta2": 0.8, "grafting_beta2": 0.9},
+    "beta2 of vectors, adagrad": {"precondition_vectors": False, "unfactored_beta2": 0.8, "grafting": "adagrad"},
+    "kl": {"covariance": "kl", "exponents": 0.5},
+    "kl, blocks, unmerged": {"covariance": "kl", "exponents": 0.5, "block_size": 4, "merge_dims": False, "nadam": True},
+    "kl, ratio 1": {"covariance": "kl", "exponents": 0.5, "max_factor_ratio": 1.0, "relative_eps": True},
+    "kl, vectors left out": {"covariance": "kl", "exponents": 0.5, "precondition_vectors": False, "unfactored_beta2": 0.8},
+    "kl, one-sided": {"covariance": "kl", "exponents": (0.5, 0.0)},
+    "kl, no grafting, late start": {"covariance": "kl", "exponents": 0.5, "grafting": "none", "start_preconditioning_step": 6},
+    "kl, sums": {"covariance": "kl", "exponents": 0.5, "betas": (0.9, 1.0), "factor_frequency": 2},
+    "kl, roots every step": {"covariance": "kl", "exponents": 0.5, "precondition_frequency": 1},
+    "cautious decay": {"cautious_decay": True, "weight_decay": 0.5, "momentum": 0.5},
+    "cautious decay, soap": {"cautious_decay": True, "weight_decay": 0.5, **SOAP},
+    "soap": SOAP,
+    "soap, default start": {**SOAP, "start_preconditioning_step": None},
+    "soap, qr": {**SOAP, "solver": "qr", "qr_tolerance": 0.0},
+    "soap, ratio 1, blocks, unmerged": {**SOAP, "max_factor_ratio": 1, "block_size": 4, "merge_dims": False},
+    "soap, nadam": {**SOAP, "nadam": True},
+    "soap, ratio 1": {**SOAP, "max_factor_ratio": 1.0, "unfactored_beta2": 0.8},
+    "soap, ratio 1/2, blocks": {**SOAP, "max_factor_ratio": 0.5, "block_size": 4},
+    "soap, one-sided": {**SOAP, "exponents": (0.5, 0.0)},
+    "soap, every other factor": {**SOAP, "factor_frequency": 2, "grafting_beta2": 0.9},
+    "soap, sums": {**SOAP, "grafting": "adagrad", "betas": (0.9, 1.0), "momentum": 0.5, "nesterov": True},
+    "soap, rmsprop, coupled decay": {**SOAP, "grafting": "rmsprop", "weight_decay": 0.1, "decoupled_weight_decay": False},
+    "soap, max_dim": {**SOAP, "max_dim": 6},
 }
 
 
