@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING or not __package__:  # imported as `submission` from this folder
     from shampoo import AdamWShampoo
+    from shampoo.averaging import AveragedWeights
     from shampoo.hyperparameters import optimizer_options
-    from shampoo.schedule import warmup_cosine
+    from shampoo.schedule import SCHEDULES
 else:  # imported as `submissions.external_tuning.NAME.submission` from AlgoPerf's root
     from .shampoo import AdamWShampoo
+    from .shampoo.averaging import AveragedWeights
     from .shampoo.hyperparameters import optimizer_options
-    from .shampoo.schedule import warmup_cosine
+    from .shampoo.schedule import SCHEDULES
 
 BATCH_SIZES = {  # as published
     "criteo1tb": 262_144,
@@ -74,13 +76,20 @@ def init_optimizer_state(
     hyperparameters: spec.Hyperparameters,
     rng: spec.RandomState,
 ) -> spec.OptimizerState:
-    """Return the optimizer and its learning rate schedule. Raise ValueError for an invalid or missing hyperparameter."""
+    """Return the optimizer, its learning rate schedule, and averages of the weights if the hyperparameter `averaging` is on.
+
+    Raise ValueError for an invalid or missing hyperparameter.
+    """
     options = optimizer_options(hyperparameters._asdict())
     optimizer = Shampoo(model_params.parameters(), **options)
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
     warmup_steps = int(hyperparameters.warmup_factor * num_steps)
-    scheduler = warmup_cosine(optimizer, num_steps, warmup_steps, hyperparameters.schedule_tail)
-    return {"optimizer": optimizer, "scheduler": scheduler}
+    shape = getattr(hyperparameters, "schedule", "cosine")
+    tail = {"tail": hyperparameters.schedule_tail} if shape == "cosine" else {}
+    state = {"optimizer": optimizer, "scheduler": SCHEDULES[shape](optimizer, num_steps, warmup_steps, **tail)}
+    if getattr(hyperparameters, "averaging", False):
+        state["averages"] = AveragedWeights(model_params)
+    return state
 
 
 def update_params(
@@ -99,6 +108,9 @@ def update_params(
 ) -> spec.UpdateReturn:
     """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError like `take_step`."""
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
+    averages = optimizer_state.get("averages")
+    if averages is not None:
+        averages.train()
     model.train()
     optimizer.zero_grad(set_to_none=True)
     logits, model_state = workload.model_fn(
@@ -131,6 +143,8 @@ def update_params(
         workload.metrics_logger.append_scalar_metrics(metrics, global_step)
     take_step(optimizer, global_step)
     scheduler.step()
+    if averages is not None:
+        averages.update()
     return optimizer_state, model, model_state
 
 
@@ -146,7 +160,11 @@ def prepare_for_eval(
     global_step: int,
     rng: spec.RandomState,
 ) -> spec.UpdateReturn:
-    """Gather the state of all ranks on rank 0 if a checkpoint follows. The weights do not change."""
+    """Put averages of the weights in their place if there are any, and gather the state of all ranks on rank 0 if a checkpoint
+    follows. It then holds the averages as the model, and the trained weights in the state, which `update_params` puts back.
+    """
+    if "averages" in optimizer_state:
+        optimizer_state["averages"].eval()
     if saves_checkpoints():
         optimizer_state["optimizer"].consolidate_state_dict()
     return optimizer_state, current_param_container, model_state

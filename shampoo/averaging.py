@@ -1,11 +1,12 @@
 """Averages of the weights, for evaluation (Karras et al. 2023, arXiv 2312.02696)."""
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 GAMMA = 6.94  # the window's standard deviation is 0.10 of the steps so far: sqrt((g + 1) / ((g + 2)^2 (g + 3)))
 
@@ -13,6 +14,17 @@ GAMMA = 6.94  # the window's standard deviation is 0.10 of the steps so far: sqr
 def newest_weight(step: int) -> float:
     """Return the weight of the newest iterate in the average after `step` of them, 1 - (1 - 1/step)^(GAMMA + 1)."""
     return 1 - math.pow(1 - 1 / step, GAMMA + 1)
+
+
+def update_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+    """E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in place, where t is num_averaged + 1; integer tensors are copied.
+
+    This is a `multi_avg_fn` for `torch.optim.swa_utils.AveragedModel`, also with use_buffers=True.
+    """
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, weights, newest_weight(int(num_averaged) + 1))
+    else:
+        torch._foreach_copy_(averages, weights)
 
 
 class AveragedWeights:
@@ -34,11 +46,11 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Set E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in the t-th call, t = 1, 2, ..."""
+        """Apply `update_averages`."""
         if not self._training:
             raise RuntimeError("the model holds the averages; call train() before the optimizer's step")
+        update_averages(self._other, self._model, self._step)
         self._step += 1
-        torch._foreach_lerp_(self._other, self._model, newest_weight(self._step))
 
     def eval(self) -> None:
         """Put E into the model, if it is not there yet."""

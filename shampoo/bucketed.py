@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from . import checkpoint, options
 from .copies import attempt, checksum, is_sharded
 from .health import Health
-from .preconditioner import PRECONDITIONERS
 from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, integer, one_of
 from .shown import Entries, Shown, State
@@ -74,9 +73,7 @@ class BucketedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        if group["start_preconditioning_step"] is None:  # set here, so that a later change of the frequency does not move it
-            kind = PRECONDITIONERS.get(group["preconditioner"])  # an invalid name is refused later, with all options
-            group["start_preconditioning_step"] = (kind and kind.FIRST_REFRESH) or group["precondition_frequency"]
+        options.set_start(group)
 
     def _update_buckets(self) -> None:
         """Bring the buckets up to date with what users changed in `param_groups` and `state`."""

@@ -112,7 +112,9 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
 
     condition, effective_rank, and root_residual are the largest, smallest, and largest values of `spectrum` over the factors of
     the parameter's blocks. roots_missing is the fraction of roots that are zero (not computed yet) or the identity (the solver
-    failed). With solver "qr", bases_fit is the fraction of factors whose basis a refresh would keep now.
+    failed). With solver "qr", bases_fit is the fraction of factors whose basis a refresh would keep now. With preconditioner
+    "soap", which has bases instead of roots, roots_missing counts bases, bases_fit is always there, and there is no
+    root_residual.
     """
     group = bucket.group
     if group["step"] == 0:
@@ -125,48 +127,50 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
         state = {(name, d): X.double() for name, d, X in preconditioner.tensors()}
         for (name, d), factors in state.items():
             for block, A in enumerate(factors) if name == "factors" else ():
-                X, Q = state["inv_roots", d][block], state["eigvecs", d][block] if ("eigvecs", d) in state else None
-                param = bucket.layout.params[i][block]
+                X, Q = (state[name, d][block] if (name, d) in state else None for name in ("inv_roots", "eigvecs"))
+                param, applied = bucket.layout.params[i][block], state[preconditioner.APPLIED, d][block]
                 of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
                 fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
-                found[param].append((*of_block, fits))
+                found[param].append((*of_block, is_missing(applied), fits))
     columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
     return {
         param: {
             "condition": condition.max().item(),
             "effective_rank": rank.min().item(),
-            "root_residual": residual.max().item(),
             "roots_missing": missing.mean().item(),
         }
+        | ({} if group["preconditioner"] == "soap" else {"root_residual": residual.max().item()})
         | ({} if fits.isnan().all() else {"bases_fit": fits.mean().item()})
         for param, (condition, rank, residual, missing, fits) in columns.items()
     }
 
 
-def spectrum(A: Tensor, X: Tensor, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float, bool]:
-    """Return four metrics of a bias-corrected factor A and the root X that the step used, both d x d in float64.
+def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float]:
+    """Return three metrics of a bias-corrected factor A and the root X that the step used, both d x d in float64.
 
     Let S = A + eps I (A + eps tr(A) I with relative_eps), with A's eigenvalues shifted as in `roots.eigen_power`:
 
     - the condition number of S;
     - the effective rank exp(-sum_i a_i log a_i), where a = A's eigenvalues over their sum: 1 for rank one, d if all are equal;
     - the residual ||S^(p/2) X S^(p/2) - I||_F / sqrt(d), which has no upper bound: 0 for X = S^(-p), 1 for X = 0 or
-      X = 2 S^(-p). It grows with the staleness of X and the solver's error;
-    - whether X is zero or the identity.
+      X = 2 S^(-p). It grows with the staleness of X and the solver's error. NaN without X.
 
-    The first three are NaN if A is not finite; the effective rank is also NaN if A is zero.
+    All are NaN if A is not finite; the effective rank is also NaN if A is zero.
     """
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    missing = not X.any() or torch.equal(X, eye)
     if not A.isfinite().all():
-        return nan, nan, nan, missing
+        return nan, nan, nan
     lam, Q = torch.linalg.eigh(A)
     lam = lam - lam[0].clamp(max=0)  # as the solvers do
     shifted = lam + (eps * lam.sum() if relative_eps and lam.any() else eps)
-    half = (Q * shifted ** (p / 2)) @ Q.T
-    residual = torch.linalg.matrix_norm(half @ X @ half - eye) / len(A) ** 0.5
+    half, eye = (Q * shifted ** (p / 2)) @ Q.T, torch.eye(len(A), dtype=A.dtype, device=A.device)
+    residual = nan if X is None else (torch.linalg.matrix_norm(half @ X @ half - eye) / len(A) ** 0.5).item()
     rank = torch.special.entr(lam / lam.sum()).sum().exp()
-    return (shifted[-1] / shifted[0]).item(), rank.item(), residual.item(), missing
+    return (shifted[-1] / shifted[0]).item(), rank.item(), residual
+
+
+def is_missing(X: Tensor) -> bool:
+    """Return whether a root or a basis is zero or the identity."""
+    return not X.any() or torch.equal(X, torch.eye(len(X), dtype=X.dtype, device=X.device))
 
 
 def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:

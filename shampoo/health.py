@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .copies import Inputs
-from .state import Bucket
+from .state import Bucket, tensors
 
 Names = Callable[[], dict[Tensor, str]]  # returns parameter names for error messages
 
 logger = logging.getLogger("shampoo")
+NOTABLE = 50  # bytes of state per element of the parameters; AdamW's takes 8
 
 
 def copy_to_host(x: Tensor) -> Callable[[], Any]:
@@ -52,6 +53,7 @@ class Health:
     def __init__(self, limit: int):
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
+        self.weighed = False  # whether `weigh` was called
         self.norms: list[
             tuple[Sequence[Tensor], Callable[[], Any]]
         ] = []  # of a step not counted yet: parameters, gradient norms
@@ -109,6 +111,18 @@ class Health:
     def forget(self) -> None:
         """Drop the norms not counted yet and the count of consecutive skips, after loading a state. `events` stays."""
         self.norms, self.consecutive = [], 0
+
+    def weigh(self, buckets: Sequence[Bucket]) -> None:
+        """Log how much memory the state on this rank takes, if it is more than NOTABLE bytes per element."""
+        self.weighed = True
+        total, numel = sum(X.nbytes for bucket in buckets for X in tensors(bucket)), sum(b.layout.numel for b in buckets)
+        if total > NOTABLE * numel:
+            logger.warning(
+                "the optimizer's state takes %.0f bytes per element of the parameters, %.3g MB (AdamW's takes 8): "
+                "shampoo.memory.state_bytes(model, ...) tells which parameters take how much; max_factor_ratio=1 bounds it",
+                total / numel,
+                total / 1e6,
+            )
 
     def report(self, bucket: Bucket, names: Names) -> None:
         """Add a bucket's rescued roots and non-finite directions to `events`, and log the first of each kind."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .group import OPTIONS
-from .rules import Rule, check_value, integer, one_of, real
-from .schedule import TAILS
+from .rules import BOOL, Rule, check_value, integer, one_of, real
+from .schedule import SCHEDULES, TAILS
 
 # Keys that are options of the optimizer with the same rule. Weight decay is decoupled; `exponents` overrides inverse_root.
 SAME = (
@@ -14,6 +14,7 @@ SAME = (
 )  # fmt: skip
 SAME_OPTIONAL = (
     "exponents", "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
+    "preconditioner", "covariance", "max_factor_ratio", "unfactored_beta2", "cautious_decay",
 )  # fmt: skip
 
 POINT: dict[str, Rule] = {
@@ -27,13 +28,15 @@ POINT: dict[str, Rule] = {
     "grafting_epsilon": real(0),
     "warmup_factor": real(0, 1),  # fraction of the schedule's steps
     "step_hint_factor": real(0, above=True),  # number of the schedule's steps over the workload's step hint
-    "schedule_tail": one_of(*TAILS),
+    "schedule_tail": one_of(*TAILS),  # of a cosine
     "label_smoothing": real(0, 1, below=True),
     "dropout_rate": real(0, 1, below=True),
     **{name: OPTIONS[name] for name in SAME},
 }
 OPTIONAL: dict[str, Rule] = {
     "grad_clip": real(0, above=True),  # maximum norm of all gradients together
+    "schedule": one_of(*SCHEDULES),  # "cosine" by default
+    "averaging": BOOL,  # whether evaluations see averages of the weights; False by default
     **{name: OPTIONS[name] for name in SAME_OPTIONAL},
 }
 

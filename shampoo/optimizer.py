@@ -187,6 +187,8 @@ class AdamWShampoo(BucketedOptimizer):
         except Exception:
             self._join_next_exchange()
             raise
+        if not self._health.weighed:
+            self._health.weigh(self._buckets)
         if self._shown.own:
             self._shown.write()
         return loss

@@ -30,7 +30,6 @@ class Kronecker:
     APPLIED = "inv_roots"  # the matrices that `direction` needs
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
     SECOND_MOMENT = "exp_avg_sq"  # key of the grafting method's second moment
-    FIRST_REFRESH: int | None = None  # default of start_preconditioning_step; None: precondition_frequency
 
     def __init__(
         self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
@@ -174,7 +173,6 @@ class Eigenbasis(Kronecker):
     APPLIED = "eigvecs"
     ROTATES = True
     SECOND_MOMENT = "rotated_exp_avg_sq"
-    FIRST_REFRESH = 1
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
         "solver": one_of("eigh", "qr"),

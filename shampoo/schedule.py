@@ -1,5 +1,6 @@
-"""Learning rate schedules: linear warmup, then cosine decay to zero, or constant and then linear to zero (a trapezoid)."""
+"""Learning rate schedules: linear warmup, then a shape that ends at zero: a cosine, a line, or a trapezoid."""
 
+from collections.abc import Callable
 from functools import partial
 from math import cos, pi
 
@@ -9,48 +10,57 @@ from torch.optim.lr_scheduler import LambdaLR
 TAILS = ("zero", "rise")
 
 
-def warmup_factor(step: int, warmup_steps: int) -> float:
-    """Return 1e-10 + (1 - 1e-10) step / warmup_steps."""
-    return 1e-10 + (1 - 1e-10) * step / warmup_steps
-
-
-def share_after_warmup(step: int, num_steps: float, warmup_steps: int) -> float:
-    """Return (step - warmup_steps) / max(num_steps - warmup_steps, 1): 0 at the end of warmup, 1 at `num_steps`."""
-    return (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-
-
-def warmup_cosine_factor(step: int, num_steps: float, warmup_steps: int, tail: str) -> float:
+def schedule_factor(step: int, num_steps: float, warmup_steps: int, shape: Callable[[float], float], tail: str) -> float:
     """Return the factor of lr at a step counted from 0.
 
-    During warmup, it is `warmup_factor`; then (1 + cos(pi s)) / 2 with s = `share_after_warmup`. Past s = 1, tail "zero" stays
-    at 0; "rise" follows the cosine up to 1 and down again, like SequentialLR with LinearLR and CosineAnnealingLR in the
-    AlgoPerf competition's submission.
+    During warmup, it is 1e-10 + (1 - 1e-10) step / warmup_steps, then shape(s), where s is 0 at the end of warmup and 1 at
+    `num_steps`. Past that, tail "zero" stays at shape(1) = 0, and "rise" follows the shape.
     """
     if step < warmup_steps:
-        return warmup_factor(step, warmup_steps)
-    s = share_after_warmup(step, num_steps, warmup_steps)
-    return (1 + cos(pi * (min(s, 1.0) if tail == "zero" else s))) / 2
+        return 1e-10 + (1 - 1e-10) * step / warmup_steps
+    s = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return shape(min(s, 1.0) if tail == "zero" else s)
 
 
-def trapezoid_factor(step: int, num_steps: float, warmup_steps: int) -> float:
-    """Return the factor of lr at a step counted from 0: `warmup_factor` during warmup, then min(1, 1.5 (1 - s)) with
-    s = `share_after_warmup`. It is constant for a third of the steps after warmup, falls to 0 at `num_steps`, and stays there.
-    """
-    if step < warmup_steps:
-        return warmup_factor(step, warmup_steps)
-    return min(1.0, 1.5 * (1 - min(share_after_warmup(step, num_steps, warmup_steps), 1.0)))
+def cosine_shape(s: float) -> float:
+    """Return (1 + cos(pi s)) / 2."""
+    return (1 + cos(pi * s)) / 2
+
+
+def linear_shape(s: float) -> float:
+    """Return 1 - s."""
+    return 1 - s
+
+
+def trapezoid_shape(s: float) -> float:
+    """Return min(1, 1.5 (1 - s)): constant for a third of the steps after warmup, then linear to 0."""
+    return min(1.0, 1.5 * (1 - s))
+
+
+def schedule(optimizer: Optimizer, num_steps: float, warmup_steps: int, shape: Callable[[float], float], tail: str) -> LambdaLR:
+    """Return a torch scheduler that multiplies each group's lr by `schedule_factor`; step it after each optimizer step."""
+    return LambdaLR(optimizer, partial(schedule_factor, num_steps=num_steps, warmup_steps=warmup_steps, shape=shape, tail=tail))
 
 
 def warmup_cosine(optimizer: Optimizer, num_steps: float, warmup_steps: int, tail: str = "zero") -> LambdaLR:
-    """Return a torch scheduler that multiplies each group's lr by `warmup_cosine_factor`; step it after each optimizer step.
+    """Return a `schedule` of `cosine_shape`.
 
-    Raises ValueError for an unknown tail.
+    With tail "rise", the rate rises again after `num_steps`, as with SequentialLR of LinearLR and CosineAnnealingLR in the
+    AlgoPerf competition's submission. Raises ValueError for an unknown tail.
     """
     if tail not in TAILS:
         raise ValueError(f"tail is {tail!r}; it must be one of {', '.join(TAILS)}")
-    return LambdaLR(optimizer, partial(warmup_cosine_factor, num_steps=num_steps, warmup_steps=warmup_steps, tail=tail))
+    return schedule(optimizer, num_steps, warmup_steps, cosine_shape, tail)
+
+
+def linear(optimizer: Optimizer, num_steps: float, warmup_steps: int) -> LambdaLR:
+    """Return a `schedule` of `linear_shape`."""
+    return schedule(optimizer, num_steps, warmup_steps, linear_shape, "zero")
 
 
 def trapezoid(optimizer: Optimizer, num_steps: float, warmup_steps: int) -> LambdaLR:
-    """Return a torch scheduler that multiplies each group's lr by `trapezoid_factor`; step it after each optimizer step."""
-    return LambdaLR(optimizer, partial(trapezoid_factor, num_steps=num_steps, warmup_steps=warmup_steps))
+    """Return a `schedule` of `trapezoid_shape`."""
+    return schedule(optimizer, num_steps, warmup_steps, trapezoid_shape, "zero")
+
+
+SCHEDULES: dict[str, Callable[..., LambdaLR]] = {"cosine": warmup_cosine, "linear": linear, "trapezoid": trapezoid}

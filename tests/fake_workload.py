@@ -92,3 +92,8 @@ def step(workload, state, point, batch, global_step=0, model=None, **extra):
         rng=[0, 0],
         **extra,
     )
+
+
+def evaluate(workload, state, point):
+    """Call the submission's `prepare_for_eval`."""
+    submission.prepare_for_eval(workload, workload.model, {}, None, point, workload.loss_type, state, [], 1, [0, 0])

@@ -13,7 +13,7 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 from algoperf import spec
-from fake_workload import POINTS, FakeWorkload, as_point, start, step
+from fake_workload import POINTS, FakeWorkload, as_point, evaluate, start, step
 from torch import nn
 
 import submission
@@ -94,13 +94,25 @@ def test_metrics_are_logged_sparsely():
     assert all(isinstance(value, float) for _, metrics in logged for value in metrics.values())
 
 
-def test_state_is_saved_and_restored_as_algoperf_does(tmp_path):
+VARIANTS = [
+    {},
+    {"averaging": True, "schedule": "trapezoid"},
+    {"preconditioner": "soap", "solver": "qr", "max_factor_ratio": 1.0, "unfactored_beta2": 0.9, "cautious_decay": True},
+    {"covariance": "kl", "exponents": 0.5, "schedule": "linear", "averaging": True},
+]
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_state_is_saved_and_restored_as_algoperf_does(tmp_path, variant, evaluated):
     """Save the state_dict of every value of the optimizer state, and load it into a fresh one."""
-    point = as_point(precondition_frequency=3, learning_rate=0.1)
+    point = as_point(precondition_frequency=3, learning_rate=0.1, **variant)
     workload = FakeWorkload()
     state = start(workload, point)
     for t in range(7):
         step(workload, state, point, workload.batch(t), t)
+    if evaluated:
+        evaluate(workload, state, point)
     saved = {"model": workload.model.state_dict(), **{key: value.state_dict() for key, value in state.items()}}
     torch.save(saved, tmp_path / "checkpoint")
     resumed = FakeWorkload()
@@ -114,6 +126,26 @@ def test_state_is_saved_and_restored_as_algoperf_does(tmp_path):
             step(w, s, point, w.batch(t), t)
     assert all(torch.equal(p, q) for p, q in zip(workload.model.parameters(), resumed.model.parameters()))
     assert state["scheduler"].get_last_lr() == state2["scheduler"].get_last_lr()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_evaluations_see_averages_that_do_not_affect_training(compiled):
+    point = as_point(averaging=True, warmup_factor=0.0, learning_rate=0.1)
+    plain_point = as_point(warmup_factor=0.0, learning_rate=0.1)
+    workload, plain = FakeWorkload(), FakeWorkload()
+    model = torch.compile(workload.model, backend="eager") if compiled else workload.model
+    state, plain_state = start(workload, point, model), start(plain, plain_point)
+    mean = torch.zeros_like(plain.model[0].weight)
+    for t in range(6):
+        step(workload, state, point, workload.batch(t), t, model)
+        step(plain, plain_state, plain_point, plain.batch(t), t)
+        mean.lerp_(plain.model[0].weight.detach(), 1 - (1 - 1 / (t + 1)) ** 7.94)
+        if t % 2:
+            evaluate(workload, state, point)
+            torch.testing.assert_close(workload.model[0].weight.detach(), mean)
+    assert not torch.equal(workload.model[0].weight, plain.model[0].weight)
+    state["averages"].train()
+    assert all(map(torch.equal, workload.model.state_dict().values(), plain.model.state_dict().values()))
 
 
 def test_an_embedding_of_a_million_rows():

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from absl import flags
-from fake_workload import FakeWorkload, as_point, start, step
+from fake_workload import FakeWorkload, as_point, evaluate, start, step
 from torch import nn
-
-import submission
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +32,7 @@ def saved_state(rank, size):
         workload, point = FakeWorkload(), as_point()
         state = start(workload, point)
         step(workload, state, point, workload.batch())
-        submission.prepare_for_eval(workload, workload.model, {}, None, point, workload.loss_type, state, [], 1, [0, 0])
+        evaluate(workload, state, point)
         found.append(sorted(state["optimizer"].state_dict()) if rank == 0 else None)
     try:
         state["optimizer"].load_state_dict({"not_resumable": "why"})

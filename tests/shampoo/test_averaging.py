@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from shampoo.averaging import AveragedWeights
+from shampoo.averaging import AveragedWeights, update_averages
 
 
 def make_model():
@@ -48,6 +49,16 @@ def test_the_average_has_power_law_weights():
         else:
             mean = torch.einsum("t,t...->...", weights, torch.stack([x[name] for x in iterates]).double())
             torch.testing.assert_close(shown.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_averaged_model_takes_the_function():
+    model = make_model()
+    averages, torchs = AveragedWeights(model), AveragedModel(model, multi_avg_fn=update_averages, use_buffers=True)
+    for t in range(5):
+        train(model, averages, [t])
+        torchs.update_parameters(model)
+    averages.eval()
+    assert_equal(model.state_dict(), torchs.module.state_dict())
 
 
 def test_the_window_is_a_tenth_of_the_steps():

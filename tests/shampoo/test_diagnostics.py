@@ -246,8 +246,16 @@ def test_bases_fit_until_the_factors_rotate():
 
 def test_negative_eigenvalues_from_rounding_are_shifted_as_in_the_solvers():
     A = torch.tensor([[1.0, 0.0], [0.0, -5e-4]], dtype=torch.float64)
-    condition, rank, _, missing = spectrum(A, torch.eye(2, dtype=torch.float64), 0.5, 1e-3, False)
-    assert (condition, rank, missing) == (pytest.approx(1.0015 / 0.001), pytest.approx(1), True)
+    condition, rank, _ = spectrum(A, torch.eye(2, dtype=torch.float64), 0.5, 1e-3, False)
+    assert (condition, rank) == (pytest.approx(1.0015 / 0.001), pytest.approx(1))
+
+
+def test_soap_has_bases_instead_of_roots():
+    params, optimizer = make((6, 5), (4,), merge_dims=False, preconditioner="soap", precondition_frequency=4)
+    (found,) = [x for name, x in step(params, optimizer, 1)[0].items() if "(6, 5)" in name]
+    assert {"condition", "effective_rank"} <= found.keys()
+    assert "root_residual" not in found
+    assert (found["roots_missing"], found["bases_fit"]) == (0, 1)
 
 
 def test_ratios_of_zeros_are_nan():

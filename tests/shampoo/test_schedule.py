@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from shampoo.schedule import trapezoid, warmup_cosine
+from shampoo.schedule import linear, trapezoid, warmup_cosine
 
 
 def learning_rates(make, steps):
@@ -47,9 +47,10 @@ def test_an_unknown_tail_is_refused():
 
 
 @pytest.mark.parametrize(("num_steps", "warmup"), [(100, 10), (61.5, 3), (40, 0)])
-def test_a_trapezoid_is_constant_for_a_third_and_linear_for_two(num_steps, warmup):
-    rates = learning_rates(lambda optimizer: trapezoid(optimizer, num_steps, warmup), 120)
-    knots = torch.tensor([0.0, warmup, warmup + (num_steps - warmup) / 3, num_steps, 121], dtype=torch.float64)
+@pytest.mark.parametrize(("make", "flat"), [(linear, 0), (trapezoid, 1 / 3)])
+def test_a_line_falls_at_once_and_a_trapezoid_is_flat_for_a_third(make, flat, num_steps, warmup):
+    rates = learning_rates(lambda optimizer: make(optimizer, num_steps, warmup), 120)
+    knots = torch.tensor([0.0, warmup, warmup + flat * (num_steps - warmup), num_steps, 121], dtype=torch.float64)
     steps = torch.arange(120, dtype=torch.float64)
     values = [0.0 if warmup else 0.5, 0.5, 0.5, 0.0, 0.0]
     expected = numpy.interp(steps, knots, values) if warmup else numpy.interp(steps, knots[1:], values[1:])
