@@ -19,9 +19,19 @@ def test_a_group_that_differs_between_ranks_is_added_on_none(pools):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "solver"), [(torch.float32, "eigh"), (torch.bfloat16, "eigh"), (torch.float32, "qr")])
-def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(pools, tmp_path, dtype, solver):
-    options = {"dtype": dtype, "solver": solver}
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"solver": "qr"}),
+        (torch.float32, {"preconditioner": "soap", "start_preconditioning_step": 1, "solver": "qr", "grafting_eps": 1e-3}),
+        (torch.float32, {"covariance": "kl", "exponents": 0.5, "max_factor_ratio": 1.0}),
+    ],
+    ids=["float32", "bfloat16", "qr", "soap", "kl"],
+)
+def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(pools, tmp_path, dtype, options):
+    options = {"dtype": dtype, **options}
     uninterrupted, rates = rank_state_checks.checkpointed(0, 1, tmp_path, 0, 45, **options)
     pools(2).run(rank_state_checks.checkpointed, path=str(tmp_path), first=0, last=15, **options)
     pools(4).run(rank_state_checks.checkpointed, path=str(tmp_path), first=15, last=30, **options)

@@ -20,8 +20,10 @@ needs_fsdp2 = pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 on CPU
         {"grafting": "sgd", "normalized_grafting": True, "lr": 1e-4},
         {"solver": "qr", "factor_frequency": 3},
         {"decoupled_weight_decay": False},
+        {"preconditioner": "soap", "start_preconditioning_step": 1, "solver": "qr", "grafting_eps": 1e-3},
+        {"covariance": "kl", "exponents": 0.5, "max_factor_ratio": 1.0, "unfactored_beta2": 0.9, "cautious_decay": True},
     ],
-    ids=["adam", "momentum", "sgd", "qr", "coupled decay"],
+    ids=["adam", "momentum", "sgd", "qr", "coupled decay", "soap", "kl"],
 )
 def test_all_ranks_have_the_weights_of_a_single_process(pools, size, options):
     weights = pools(size).run(rank_checks.weights_after, **options)
