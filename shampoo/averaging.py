@@ -1,7 +1,6 @@
 """Averages of the weights, for evaluation (Karras et al. 2023, arXiv 2312.02696)."""
 
 import math
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,7 +15,7 @@ def newest_weight(step: int) -> float:
     return 1 - math.pow(1 - 1 / step, GAMMA + 1)
 
 
-def update_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+def update_averages(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
     """E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in place, where t is num_averaged + 1; integer tensors are copied.
 
     This is a `multi_avg_fn` for `torch.optim.swa_utils.AveragedModel`, also with use_buffers=True.

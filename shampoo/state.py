@@ -49,6 +49,7 @@ class Bucket:
         self.preconditioners = [
             make(stack, each or (0.0,) * (len(stack) - 1)) for stack, each in zip(stacks, exponents, strict=False)
         ]
+        self.rotates = self.factored and kind.ROTATES
         self.second_moment = kind.SECOND_MOMENT if self.factored else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]

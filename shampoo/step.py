@@ -41,34 +41,28 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         update_factors(bucket, counts, stacks, of_params)
         refresh_roots(bucket, t, start, of_params)
 
-    # Second moment V, of what the grafting method takes for the gradient
+    # Moments V and M, and the averaged gradient N, which overwrites G, and so `grafted` if that is G
+    grafted = grafted_gradient(bucket, G, stacks)
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
-    rotates = bucket.factored and bucket.preconditioners[0].ROTATES
-    grafted = rotate(bucket.preconditioners, stacks) if rotates else G
-    if group["normalized_grafting"]:
-        grafted = flatten(list(map(update.normalize, stacks)))
     for part, _, _, factored in parts:
-        if V is not None:
-            update.accumulate_squares(V[part], grafted[part], methods[factored].beta2, update.at(present, part))
-
-    # First moment M, and the averaged gradient N, which overwrites G
+        some_present = present if present is None else present[part]
+        update.accumulate_squares(V if V is None else V[part], grafted[part], methods[factored].beta2, some_present)
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
-    # Directions P = X_L N X_R, rescaled to the norm of the grafting method's step A; they overwrite N, which `grafted` now is
-    # too if it was G
+    # Directions P = X_L N X_R, rescaled to the norm of the grafting method's step A, overwrite N
     for part, some, lengths, factored in parts:
         method, _, bc2 = methods[factored]
         step = partial(method.step, V=update.at(V, part), bc2=update.at(bc2, part), eps=group["grafting_eps"])
         if not factored or (t < start and method.sets_length):
             N[part].copy_(step(N[part]))
             continue
-        preconditioners = bucket.preconditioners[some]
-        A = step(rotate(preconditioners, stacks[some]) if rotates else grafted[part]).split_with_sizes(lengths)
-        for i, preconditioner, S, A_S in zip(range(some.start, some.stop), preconditioners, stacks[some], A, strict=True):
-            P = preconditioner.direction(S, A_S.view_as(S))
-            if bad := update.graft(P, A_S.view_as(S), method.sets_length and not rotates, out=S):
+        source = rotate(bucket.preconditioners[some], stacks[some]) if bucket.rotates else grafted[part]
+        A = step(source).split_with_sizes(lengths)
+        for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
+            P = bucket.preconditioners[i].direction(S, A_S.view_as(S))
+            if bad := update.graft(P, A_S.view_as(S), method.sets_length and not bucket.rotates, out=S):
                 bucket.note(i, bad, "directions not finite")
 
     # Decoupled decay, then momentum
@@ -96,6 +90,13 @@ def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_para
     own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
     beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
     return Method(grafting, beta2, update.bias_corrections(beta2, counts, of_params))
+
+
+def grafted_gradient(bucket: Bucket, G: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+    """Return the gradient that V averages: G, or each block's G / ||G||_F, or G in the preconditioners' coordinates."""
+    if bucket.rotates:
+        return rotate(bucket.preconditioners, stacks)
+    return flatten(list(map(update.normalize, stacks))) if bucket.group["normalized_grafting"] else G
 
 
 def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Tensor:
