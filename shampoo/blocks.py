@@ -52,23 +52,26 @@ class Layout(NamedTuple):
 
 
 def merge_dims(shape: tuple[int, ...], block_size: int, max_factor_ratio: float | None = None) -> tuple[int, ...]:
-    """Drop dimensions of size 1, then merge each dimension into the one before it while their product d is <= block_size.
+    """Drop dimensions of size 1, then merge each dimension into the one before it while their product is <= block_size.
 
-    With max_factor_ratio c, also d^2 <= c n for the number n of elements of a full block, so that merging makes no dimension
-    too large for a factor. Return (1,) if no dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), with c = 1
-    (64, 192, 3); (512, 512, 3, 3) -> (512, 512, 9). Source: the Shampoo submission to the AlgoPerf competition, without c.
+    With max_factor_ratio c, begin at the last dimension instead, and merge while the product d also satisfies d^2 <= c n, where
+    n is the number of elements of a full block, so that a merged dimension is never too large for a factor. Return (1,) if no
+    dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), with c = 1 (64, 64, 9); (512, 512, 3, 3) ->
+    (512, 512, 9). Source: the Shampoo submission to the AlgoPerf competition, which has no c.
     """
-    numel = prod(min(size, block_size) for size in shape)  # merging does not change it
-    largest = block_size if max_factor_ratio is None else min(block_size, (max_factor_ratio * numel) ** 0.5)
+    limit, sizes = float(block_size), list(shape)
+    if max_factor_ratio is not None:
+        numel = prod(min(size, block_size) for size in shape)  # merging does not change it
+        limit, sizes = min(limit, (max_factor_ratio * numel) ** 0.5), sizes[::-1]
     merged: list[int] = []
-    for size in shape:
+    for size in sizes:
         if size == 1:
             continue
-        if merged and merged[-1] * size <= largest:
+        if merged and merged[-1] * size <= limit:
             merged[-1] *= size
         else:
             merged.append(size)
-    return tuple(merged) or (1,)
+    return tuple(merged if max_factor_ratio is None else merged[::-1]) or (1,)
 
 
 def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:

@@ -13,9 +13,12 @@ def correction(beta, t):
 
 
 def merged(shape, limit, merge, ratio):
-    out = []
-    if ratio is not None:  # a merged dimension d has d^2 <= ratio n for the n elements of a full block
+    if (
+        ratio is not None and merge
+    ):  # from the last dimension; a merged one, d, has d^2 <= ratio n in a full block of n elements
         limit = min(limit, (ratio * np.prod([min(n, limit) for n in shape])) ** 0.5)
+        return merged(shape[::-1], limit, merge, None)[::-1]
+    out = []
     for n in shape if merge else []:
         if n != 1 and out and out[-1] * n <= limit:
             out[-1] *= n

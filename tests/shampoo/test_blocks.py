@@ -31,6 +31,32 @@ def test_dimensions_are_merged_up_to_the_limit(shape, merged):
     assert merge_dims(shape, 1024) == merged
 
 
+@pytest.mark.parametrize(
+    ("shape", "ratio", "merged"),
+    [
+        ((64, 64, 3, 3), 1.0, (64, 64, 9)),
+        ((16, 3, 3, 3), 1.0, (16, 3, 9)),
+        ((16, 3, 3, 3), 2.0, (16, 27)),
+        ((16, 16), 1.0, (16, 16)),
+        ((12, 64, 768), 1.0, (768, 768)),
+        ((512, 512, 3, 3), 2.0, (512, 512, 9)),
+        ((5,), 1.0, (5,)),
+        ((1, 1), 1.0, (1,)),
+    ],
+)
+def test_merged_dimensions_are_small_enough_for_factors(shape, ratio, merged):
+    assert merge_dims(shape, 1024, ratio) == merged
+
+
+@given(shape=shapes, limit=st.integers(1, 50), ratio=st.floats(0.5, 4))
+def test_no_merged_dimension_is_larger_than_its_block_warrants(shape, limit, ratio):
+    merged = merge_dims(shape, limit, ratio)
+    numel = prod(min(size, limit) for size in merged)
+    assert prod(merged) == prod(shape)
+    assert numel == prod(min(size, limit) for size in shape)
+    assert all(size == 1 or size in shape or size**2 <= ratio * numel for size in merged)
+
+
 @given(shape=shapes, limit=st.integers(1, 50))
 def test_merging_keeps_all_elements_and_merges_wherever_allowed(shape, limit):
     merged = merge_dims(shape, limit)
