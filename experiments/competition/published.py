@@ -14,7 +14,8 @@ import pandas as pd
 from absl import app, flags
 
 from runner.plots import colors, plot_profile
-from runner.score import Comparison, compare, read_targets, read_times
+from runner.score import Comparison, compare
+from runner.times import BENCHMARKS, parse_benchmark, read_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,17 +23,7 @@ from matplotlib import pyplot as plt
 FLAGS = flags.FLAGS
 
 HERE = Path(__file__).parent
-HELD_OUT = {
-    "0.5": [
-        "criteo1tb_embed_init",
-        "fastmri_tanh",
-        "imagenet_resnet_large_bn_init",
-        "librispeech_conformer_layernorm",
-        "ogbg_model_size",
-        "wmt_glu_tanh",
-    ],
-    "0.6": [],
-}
+VERSIONS = {version: parse_benchmark(BENCHMARKS[version]) for version in ("0.5", "0.6")}
 SHAMPOO = {"0.5": "shampoo_submission", "0.6": "shampoo"}
 
 
@@ -48,14 +39,14 @@ def trials(version: str) -> pd.DataFrame:
     return table[scored].assign(submission=lambda t: t["submission"].replace({SHAMPOO[version]: "shampoo"}))
 
 
-def budgets() -> pd.Series:
-    """Return the time budget of each workload in seconds, NaN if unknown."""
-    return pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
+def budgets(version: str) -> pd.Series:
+    """Return the time budget of each workload in seconds."""
+    return pd.Series({name: target.budget for name, target in VERSIONS[version].targets.items()}, dtype=float)
 
 
 def scored(version: str) -> Comparison:
     """Compare all submissions: performance profile, scores, and speed-ups over the baseline."""
-    return compare(times(version), budgets(), "baseline", HELD_OUT[version])
+    return compare(times(version), budgets(version), "baseline", VERSIONS[version].held_out)
 
 
 def best_trials(version: str) -> pd.DataFrame:
@@ -101,7 +92,7 @@ def draw_trials(version: str, path: Path) -> None:
     mine = trials(version).query("submission == 'shampoo'")
     names = sorted(mine["workload"].unique())
     published = times(version).loc["baseline", names]
-    reference = published.where(np.isfinite(published), budgets().reindex(names)).fillna(np.inf)
+    reference = published.where(np.isfinite(published), budgets(version).reindex(names)).fillna(np.inf)
     figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
     for point, rows in mine.groupby("trial"):
         x = rows["workload"].map(names.index) + 0.12 * (point - 3)
@@ -123,7 +114,7 @@ def page(output: Path) -> str:
         "Written by `python -m experiments.competition.published` from AlgoPerf's published logs: the times to target of all "
         "submissions to the external tuning track, and all trials of Shampoo and the baseline (NadamW).",
     ]
-    for version in ("0.5", "0.6"):
+    for version in VERSIONS:
         comparison = scored(version)
         color = colors(comparison.times.index)
         plot_profile(comparison.profile, comparison.scores["score"], "time", color, output / f"profile_{version}.png")
