@@ -143,7 +143,7 @@ def define_flags() -> None:
         "trial_choice", "evals", ["evals", "best"], "trial of a study that counts: fewest evaluations to the target, or fastest"
     )
     flags.DEFINE_string("reference", None, "submission to compute speed-ups over (default: the first in the table)")
-    flags.DEFINE_boolean("strict", False, "fail if any part of the logs does not count")
+    flags.DEFINE_boolean("strict", False, "fail if anything is missing or does not count")
 
 
 def chosen_benchmark() -> Benchmark:
@@ -175,13 +175,14 @@ def read_input(benchmark: Benchmark) -> tuple[pd.DataFrame, pd.Series, list[str]
 
 
 def select(times: pd.DataFrame, benchmark: Benchmark) -> tuple[pd.DataFrame, list[str]]:
-    """Return the times on the benchmark's workloads, with a miss where there is no time, and notes."""
-    if not benchmark.base:
-        return times, []
-    workloads = [*benchmark.base, *benchmark.held_out]
+    """Return the times on the benchmark's workloads, with misses in place of NaN, and notes."""
+    workloads = [*benchmark.base, *benchmark.held_out] or list(times.columns)
     notes = [f"{name!r} does not count: the benchmark has no such workload" for name in times.columns.difference(workloads)]
-    notes += [f"no submission ran on {name}: all miss its target" for name in workloads if name not in times.columns]
-    return times.reindex(columns=workloads).fillna(np.inf), notes
+    times = times.reindex(columns=workloads)
+    for name, row in times.iterrows():
+        if len(absent := row.index[row.isna()]):
+            notes.append(f"{name} has no trial on {', '.join(absent)}, which counts as a miss")
+    return times.fillna(np.inf), notes
 
 
 def main(_: Sequence[str]) -> None:
@@ -195,10 +196,12 @@ def main(_: Sequence[str]) -> None:
             raise ValueError(f"--held_out has unknown workloads {sorted(unknown)}; it may have {sorted(times.columns)}")
         if (reference := FLAGS.reference or times.index[0]) not in times.index:
             raise ValueError(f"--reference is {reference!r}; it must be one of {', '.join(times.index)}")
-        for text in [*notes, *more, *errors]:
+        for text in [*notes, *more]:
+            print(f"note: {text}")
+        for text in errors:
             print(f"not scored: {text}")
         if FLAGS.strict and (notes or more or errors):
-            raise ValueError("--strict is set, and not all logs count")
+            raise ValueError("--strict is set, and it allows none of the above")
         limits = miss_limits(benchmark.targets, ends, FLAGS.by)
         comparison = compare(times, limits, reference, FLAGS.held_out or benchmark.held_out)
         write_comparison(comparison, FLAGS.by, output)

@@ -134,19 +134,19 @@ def read_trial(path: Path, target: Target, by: str) -> dict[str, Any]:
 
     Return {"value": seconds or steps to the target, "evaluations": number of evaluations before that, "end": seconds or steps
     of the last evaluation, "whole": whether the last row is complete}; the first two are inf if the target was not reached. A
-    row without a newline at its end may be cut within a number, and does not count.
+    row is an evaluation, even if it repeats another. A row without a newline at its end may be cut, and does not count.
     """
     try:
         text = path.read_text()
         whole_rows = text[: text.rfind("\n") + 1]
-        table = pd.read_csv(StringIO(whole_rows), index_col=False)
+        table = pd.read_csv(StringIO(whole_rows))
     except (OSError, ValueError) as error:
         raise LogError(f"{path} cannot be read: {error}") from error
     metric, column = f"validation/{target.metric}", MEASURES[by]
     if missing := {metric, column} - set(table.columns):
         raise LogError(f"{path} lacks the columns {sorted(missing)}; it has {list(table.columns)}")
-    if table.empty:
-        raise LogError(f"{path} has no complete row")
+    if table.empty or not isinstance(table.index, pd.RangeIndex):
+        raise LogError(f"{path} has no complete row, or rows with more values than columns; correct it, or move the trial away")
     values, times = numbers(table, metric, path), numbers(table, column, path)
     if (wrong := ~((times > 0) & np.isfinite(times))).any():
         row = int(wrong.argmax())
@@ -210,9 +210,11 @@ def best_trials(trials: pd.DataFrame, choice: str) -> pd.DataFrame:
 
 
 def median_times(trials: pd.DataFrame, choice: str) -> pd.DataFrame:
-    """Return the median over studies, one row per submission and one column per workload; inf is a miss, or no run at all."""
+    """Return the median over studies, one row per submission and one column per workload; inf is a miss, and NaN no
+    trial.
+    """
     medians: pd.Series = best_trials(trials, choice).groupby(["submission", "workload"])["value"].median()
-    return medians.unstack().fillna(np.inf)
+    return medians.unstack()
 
 
 # Tables

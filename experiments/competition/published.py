@@ -26,6 +26,17 @@ HERE = Path(__file__).parent
 VERSIONS = {version: parse_benchmark(BENCHMARKS[version]) for version in ("0.5", "0.6")}
 SHAMPOO = {"0.5": "shampoo_submission", "0.6": "shampoo"}
 
+COMMANDS = """\
+One command computes the scores of a version from these times, and another one from the evaluation logs themselves, which are in
+mlcommons/submissions_algorithms (previous_leaderboards/algoperf_v05/logs/external_tuning) and not in this project:
+```
+python -m runner.score --benchmark=0.5 --output_dir=OUT --times_csv=experiments/competition/published_times_v05.csv
+python -m runner.score --benchmark=0.5 --output_dir=OUT --submission_directory=LOGS
+```
+For version 0.6, write 0.6 and v06. Both commands give the published scores to four digits. From the logs, all times equal those
+of AlgoPerf's scorer but nine of 154 in version 0.5, where trials of a study tie: these differ by up to 7 s. The speed-up is the
+baseline's time over a submission's, by geometric mean over the base workloads; a miss counts as the version's budget plus 1 s."""
+
 
 def times(version: str) -> pd.DataFrame:
     """Return the published seconds to target, one row per submission and one column per workload; inf is a miss."""
@@ -113,6 +124,7 @@ def page(output: Path) -> str:
         "# The published results",
         "Written by `python -m experiments.competition.published` from AlgoPerf's published logs: the times to target of all "
         "submissions to the external tuning track, and all trials of Shampoo and the baseline (NadamW).",
+        COMMANDS,
     ]
     for version in VERSIONS:
         comparison = scored(version)
