@@ -225,13 +225,18 @@ def read_times(path: Path) -> pd.DataFrame:
 
     Raise ValueError for anything but positive numbers, and for repeated submissions or workloads.
     """
-    cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+    try:
+        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of times: {error}") from error
     table = cells.iloc[1:, 1:].set_axis(cells.iloc[0, 1:], axis=1).set_axis(cells.iloc[1:, 0], axis=0)
     if table.empty:
         raise ValueError(f"{path} has no times; it must have a submission per row and a workload per column")
     for what, names in (("submissions", table.index), ("workloads", table.columns)):
         if repeated := sorted(names[names.duplicated()].unique()):
             raise ValueError(f"{path} has the {what} {repeated} more than once; keep one of each")
+        if "" in names:
+            raise ValueError(f"{path} has {what} without a name; each must have one")
     times: pd.DataFrame = table.replace("", "inf").apply(pd.to_numeric, errors="coerce")
     for name, row in (times > 0).iterrows():
         if not row.all():

@@ -35,7 +35,7 @@ python -m runner.score --benchmark=0.5 --output_dir=OUT --submission_directory=L
 ```
 For version 0.6, write 0.6 and v06. Both commands give the published scores to four digits. From the logs, all times equal those
 of AlgoPerf's scorer but nine of 154 in version 0.5, where trials of a study tie: these differ by up to 7 s. The speed-up is the
-baseline's time over a submission's, by geometric mean over the base workloads; a miss counts as the version's budget plus 1 s."""
+baseline's time over a submission's, by geometric mean over the base workloads; a miss counts as the version's budget + 1 s."""
 
 
 def times(version: str) -> pd.DataFrame:

@@ -204,7 +204,9 @@ def test_a_table_of_times(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "No columns"),
+        ("", "times.csv is no table of times"),
+        ("submission,a\n,1\n", "submissions without a name"),
+        ("submission,\nx,1\n", "workloads without a name"),
         ("submission,a\n", "has no times"),
         ("submission\nx\n", "has no times"),
         ("submission,a\nx,0\n", "a of x is '0'; it must be above 0"),
