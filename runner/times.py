@@ -52,15 +52,19 @@ class Benchmark(NamedTuple):
 
 
 def parse_target(name: str, entry: Any) -> Target:
-    """Parse a workload's entry in a file of targets. Raise ValueError for an unknown metric or a target that is no number."""
+    """Parse a workload's entry in a file of targets. Raise ValueError for an unknown metric, or a target or budget that
+    is no number.
+    """
     entry = entry if isinstance(entry, dict) else {}
-    metric, value = entry.get("target_metric_name"), entry.get("validation_target_value")
+    metric, value, budget = map(entry.get, ("target_metric_name", "validation_target_value", "max_allowed_runtime_sec"))
     if metric not in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER):
         allowed = ", ".join(sorted((*LOWER_IS_BETTER, *HIGHER_IS_BETTER)))
         raise ValueError(f"the target_metric_name of {name!r} is {metric!r}; it must be one of {allowed}")
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"the validation_target_value of {name!r} is {value!r}; it must be a number")
-    return Target(metric, value, metric in HIGHER_IS_BETTER, entry.get("max_allowed_runtime_sec"))
+    if budget is not None and (not isinstance(budget, int | float) or not budget > 0):
+        raise ValueError(f"the max_allowed_runtime_sec of {name!r} is {budget!r}; it must be above 0, or left out")
+    return Target(metric, value, metric in HIGHER_IS_BETTER, budget)
 
 
 def parse_benchmark(content: Any) -> Benchmark:

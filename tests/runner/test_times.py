@@ -183,6 +183,7 @@ def test_the_leaderboards_file_of_targets_is_read_as_it_is(tmp_path):
         (json.dumps({"a": entry(target_metric_name="speed")}), "is 'speed'; it must be one of accuracy, bleu"),
         (json.dumps({"a": entry(validation_target_value="low")}), "the validation_target_value of 'a' is 'low'"),
         (json.dumps({"a": entry(validation_target_value=np.nan)}), "is nan; it must be a number"),
+        (json.dumps({"a": entry(max_allowed_runtime_sec=["1"])}), "the max_allowed_runtime_sec of 'a' is"),
         (json.dumps(nested(base_workloads=["z"])), r"base_workloads is \['z'\]"),
         (json.dumps(nested(held_out_workloads=None)), "held_out_workloads is None"),
         (json.dumps(nested(workloads=[])), "must be an object"),
