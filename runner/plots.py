@@ -28,12 +28,19 @@ def colors(names: Sequence[str]) -> Colors:
     return {name: plt.colormaps["tab20"](order[i % 20]) for i, name in enumerate(sorted(names))}
 
 
+def label(name: str) -> str:
+    """Return a name as matplotlib shows it: $ would begin a formula, and legends leave out names that begin with _."""
+    return " " * name.startswith("_") + name.replace("$", r"\$")
+
+
 def plot_profile(profile: pd.DataFrame, scores: pd.Series, by: str, color: Colors, path: Path) -> None:
     """Plot rho(tau) of each submission, best score first. Lines are shifted slightly, so that equal ones stay visible."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for i, name in enumerate(scores.index):
         shift = 0.006 * (i - (len(scores) - 1) / 2)
-        axes.step(profile.index, profile[name] + shift, where="post", color=color[name], label=f"{scores[name]:.4f}  {name}")
+        axes.step(
+            profile.index, profile[name] + shift, where="post", color=color[name], label=label(f"{scores[name]:.4f}  {name}")
+        )
     axes.set(
         xlabel=f"tau: {by} to target over the best submission's", ylabel="share of workloads within tau", ylim=(-0.05, 1.05)
     )
@@ -46,7 +53,7 @@ def plot_profile(profile: pd.DataFrame, scores: pd.Series, by: str, color: Color
 def plot_times(times: pd.DataFrame, by: str, color: Colors, path: Path) -> None:
     """Plot one bar per workload and submission: time / best time, or no bar for a miss."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    (times / times.min()).replace(np.inf, np.nan).T.plot.bar(
+    (times / times.min()).replace(np.inf, np.nan).rename(index=label, columns=label).T.plot.bar(
         ax=axes, width=0.85, legend=False, color=[color[name] for name in times.index]
     )
     axes.set(xlabel="", ylabel=f"{by} to target over the best", title="no bar: target not reached")
@@ -64,10 +71,10 @@ def plot_intervals(table: pd.DataFrame, reference: str, color: Colors, path: Pat
             axes.plot([values["low"], values["high"]], [row, row], color=color[str(name)], linewidth=2)
         marker = {"": "o", ">": ">", "<": "<", "?": "o"}[values["bound"]]
         axes.plot(values["ratio"], row, marker=marker, color=color[str(name)])
-    axes.set_yticks(range(len(table)), table.sort_values("ratio", ascending=False).index)
+    axes.set_yticks(range(len(table)), map(label, table.sort_values("ratio", ascending=False).index))
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(-0.6, len(table) - 0.4)
-    axes.set(xlabel=f"steps to target over those of {reference}; arrows are bounds, because runs missed")
+    axes.set(xlabel=f"steps to target over those of {label(reference)}; arrows are bounds, because runs missed")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -80,8 +87,8 @@ def draw_curves(axes: Axes, workload: Workload, curves: Mapping[str, Curve], col
     not compress it.
     """
     target = workload.validation_target_value
-    for label, (x, metric) in curves.items():
-        axes.plot(x, metric, marker="o", markersize=3, label=label, color=color[label])
+    for name, (x, metric) in curves.items():
+        axes.plot(x, metric, marker="o", markersize=3, color=color[name])
     axes.axhline(target, color="black", linestyle="--", linewidth=1, label="target")
     values = pd.concat([pd.Series([target]), *(metric for _, metric in curves.values())])
     low, high = values.replace([math.inf, -math.inf], math.nan).quantile(
@@ -105,7 +112,7 @@ def plot_curves(panels: Curves, x: str, color: Colors, path: Path) -> None:
         draw_curves(axes, workload, curves, color)
         axes.set(xlabel=x, title=title)
     names = sorted({name for _, curves in panels.values() for name in curves})
-    lines = [Line2D([], [], color=color[name], marker="o", markersize=3, label=name) for name in names]
+    lines = [Line2D([], [], color=color[name], marker="o", markersize=3, label=label(name)) for name in names]
     lines.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="target"))
     figure.legend(handles=lines, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)

@@ -7,7 +7,7 @@ these environment variables:
 
     ALGOPERF      AlgoPerf's checkout, with this submission in submissions/external_tuning/adamw_shampoo
     DATA          the data sets, in the folders given in AlgoPerf's datasets/README.md
-    EXPERIMENTS   the folder for logs, read by `python -m runner.score --submission_directory=$EXPERIMENTS`
+    EXPERIMENTS   the folder for logs, read by `python -m runner.score --benchmark=0.6 --submission_directory=$EXPERIMENTS`
 
 `python -m experiments.competition.check` checks that a machine is ready.
 """
@@ -117,7 +117,7 @@ def main(_: Any) -> None:
     for name, text in (("trials.sh", shell_script(plan())), ("trials.slurm", slurm_array(plan()))):
         (output / name).write_text(text)
         print(f"{len(plan())} trials: {output / name}")
-    print(f"then: python -m runner.score --submission_directory=$EXPERIMENTS --output_dir={output}")
+    print(f"then: python -m runner.score --benchmark=0.6 --submission_directory=$EXPERIMENTS --output_dir={output}")
 
 
 if __name__ == "__main__":

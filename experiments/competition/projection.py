@@ -16,7 +16,7 @@ from absl import app
 from runner.score import performance_profile, with_held_out
 from runner.score import scores as score
 
-from .published import HELD_OUT, SHAMPOO, best_trials, times
+from .published import SHAMPOO, VERSIONS, best_trials, times
 
 VERSION = "0.5"
 SHARES = (0.05, 0.10, 0.20)
@@ -43,7 +43,7 @@ def score_with(seconds: pd.Series) -> float:
     """Return Shampoo's score among the eleven submissions if its times were `seconds`."""
     table = times(VERSION)
     table.loc[SHAMPOO[VERSION], seconds.index] = seconds
-    return float(score(performance_profile(with_held_out(table, HELD_OUT[VERSION])))[SHAMPOO[VERSION]])
+    return float(score(performance_profile(with_held_out(table, VERSIONS[VERSION].held_out)))[SHAMPOO[VERSION]])
 
 
 def extremes() -> dict[str, float]:

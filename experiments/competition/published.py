@@ -14,7 +14,8 @@ import pandas as pd
 from absl import app, flags
 
 from runner.plots import colors, plot_profile
-from runner.score import Comparison, compare, read_targets, read_times
+from runner.score import Comparison, compare
+from runner.times import BENCHMARKS, parse_benchmark, read_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,18 +23,19 @@ from matplotlib import pyplot as plt
 FLAGS = flags.FLAGS
 
 HERE = Path(__file__).parent
-HELD_OUT = {
-    "0.5": [
-        "criteo1tb_embed_init",
-        "fastmri_tanh",
-        "imagenet_resnet_large_bn_init",
-        "librispeech_conformer_layernorm",
-        "ogbg_model_size",
-        "wmt_glu_tanh",
-    ],
-    "0.6": [],
-}
+VERSIONS = {version: parse_benchmark(BENCHMARKS[version]) for version in ("0.5", "0.6")}
 SHAMPOO = {"0.5": "shampoo_submission", "0.6": "shampoo"}
+
+COMMANDS = """\
+One command computes the scores of a version from these times, and another one from the evaluation logs themselves, which are in
+mlcommons/submissions_algorithms (previous_leaderboards/algoperf_v05/logs/external_tuning) and not in this project:
+```
+python -m runner.score --benchmark=0.5 --output_dir=OUT --times_csv=experiments/competition/published_times_v05.csv
+python -m runner.score --benchmark=0.5 --output_dir=OUT --submission_directory=LOGS
+```
+For version 0.6, write 0.6 and v06. Both commands give the published scores to four digits. From the logs, all times equal those
+of AlgoPerf's scorer but nine of 154 in version 0.5, where trials of a study tie: these differ by up to 7 s. The speed-up is the
+baseline's time over a submission's, by geometric mean over the base workloads; a miss counts as the version's budget + 1 s."""
 
 
 def times(version: str) -> pd.DataFrame:
@@ -48,14 +50,14 @@ def trials(version: str) -> pd.DataFrame:
     return table[scored].assign(submission=lambda t: t["submission"].replace({SHAMPOO[version]: "shampoo"}))
 
 
-def budgets() -> pd.Series:
-    """Return the time budget of each workload in seconds, NaN if unknown."""
-    return pd.Series({name: target.budget for name, target in read_targets(None).items()}, dtype=float)
+def budgets(version: str) -> pd.Series:
+    """Return the time budget of each workload in seconds."""
+    return pd.Series({name: target.budget for name, target in VERSIONS[version].targets.items()}, dtype=float)
 
 
 def scored(version: str) -> Comparison:
     """Compare all submissions: performance profile, scores, and speed-ups over the baseline."""
-    return compare(times(version), budgets(), "baseline", HELD_OUT[version])
+    return compare(times(version), budgets(version), "baseline", VERSIONS[version].held_out)
 
 
 def best_trials(version: str) -> pd.DataFrame:
@@ -101,7 +103,7 @@ def draw_trials(version: str, path: Path) -> None:
     mine = trials(version).query("submission == 'shampoo'")
     names = sorted(mine["workload"].unique())
     published = times(version).loc["baseline", names]
-    reference = published.where(np.isfinite(published), budgets().reindex(names)).fillna(np.inf)
+    reference = published.where(np.isfinite(published), budgets(version).reindex(names)).fillna(np.inf)
     figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
     for point, rows in mine.groupby("trial"):
         x = rows["workload"].map(names.index) + 0.12 * (point - 3)
@@ -122,8 +124,9 @@ def page(output: Path) -> str:
         "# The published results",
         "Written by `python -m experiments.competition.published` from AlgoPerf's published logs: the times to target of all "
         "submissions to the external tuning track, and all trials of Shampoo and the baseline (NadamW).",
+        COMMANDS,
     ]
-    for version in ("0.5", "0.6"):
+    for version in VERSIONS:
         comparison = scored(version)
         color = colors(comparison.times.index)
         plot_profile(comparison.profile, comparison.scores["score"], "time", color, output / f"profile_{version}.png")
