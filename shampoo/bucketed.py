@@ -2,6 +2,8 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, options
+from .checkpoint import Entries
 from .copies import attempt, checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, integer, one_of
-from .shown import Entries, Shown, State
+from .shown import Shown, State
 from .state import Bucket
 
 # Attributes that pickle and deepcopy keep, besides torch's.
@@ -105,19 +108,18 @@ class BucketedOptimizer(Optimizer):
 
         If `looked`, `state` shows their state at once.
         """
-        ranks = self._ranks
+        self._buckets, alone = buckets, self._ranks.size == 1
+        shared = buckets and not alone
+        self._exchange = Exchange(self._ranks, buckets, self._names(), self._exchange_dtype) if shared else None
+        gathered = partial(checkpoint.zero_shards, buckets, self._ranks, "cpu")
+        self._show((lambda: checkpoint.pack(gathered())) if zero or alone else None, looked)
 
-        def gathered() -> Entries:
-            """Return the state of all parameters, on one rank or while it is zero."""
-            return checkpoint.pack([[b] if ranks.size == 1 else checkpoint.zero_shards(b, "cpu", ranks) for b in buckets])
-
-        self._buckets = buckets
-        shared = ranks.size > 1 and buckets
-        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
-        self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
-        known = gathered if zero or ranks.size == 1 else None
-        self._shown = Shown(buckets, self.param_groups, self.state, known, looked)  # type: ignore[arg-type]
-        self.state.look = self._shown.look
+    @torch.inference_mode(False)
+    def _show(self, gathered: Callable[[], Entries] | None, looked: bool) -> None:
+        """Show in `state` what `gathered` returns from now on; see `Shown`."""
+        state = self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
+        self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)  # type: ignore[arg-type]
+        state.look = self._shown.look
 
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
@@ -140,7 +142,8 @@ class BucketedOptimizer(Optimizer):
         self._health.count(self._names)
         self._update_buckets()
         if self._ranks.size > 1:
-            self._shown.show_instead(None)
+            if self._shown.gathered:
+                self._show(None, bool(self._shown.own))
             if not self._compared:
                 names, params = self._names(), [p for p in self._params() if not is_sharded(p) and not is_lazy(p)]
                 agree(self._ranks, [f"{names[p]} with weights of checksum {checksum(p)}" for p in params], None)
@@ -164,7 +167,7 @@ class BucketedOptimizer(Optimizer):
                 "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
                 "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
             )
-        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), self._shown.foreign(self.state))
+        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), dict(dict.items(self.state)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
@@ -183,9 +186,8 @@ class BucketedOptimizer(Optimizer):
         agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
         self._update_buckets()
         if self._ranks.size > 1:
-            shards = checkpoint.collect(self._buckets, self._ranks, to)
-            entries = checkpoint.pack(shards)
-            self._shown.show_instead((lambda: entries) if to in (None, self._ranks.rank) else None)
+            entries = checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, to))
+            self._show((lambda: entries) if to in (None, self._ranks.rank) else None, bool(self._shown.own))
 
     def consolidate(self, to: int | None = 0) -> None:
         """Call `consolidate_state_dict`. Deprecated: this is its former name."""
@@ -210,7 +212,7 @@ class BucketedOptimizer(Optimizer):
         agree(self._ranks, [], error)
         self.param_groups = groups
         self.state.clear()  # the same dictionary: wrappers may share it
-        self.state.update(checkpoint.foreign(buckets, entries))
+        self.state.update(checkpoint.foreign(buckets, entries, copy=True))
         self._install(buckets, checkpoint.is_zero(entries))
         self._health.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -223,7 +225,7 @@ class BucketedOptimizer(Optimizer):
             )
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
-        return {**kept, "state": defaultdict(dict, self._shown.foreign(self.state))}
+        return {**kept, "state": defaultdict(dict, checkpoint.foreign(self._buckets, dict(dict.items(self.state))))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
