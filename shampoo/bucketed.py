@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, options
 from .checkpoint import Entries
-from .copies import attempt, checksum, is_sharded
+from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, integer, one_of
@@ -31,19 +31,12 @@ class BucketedOptimizer(Optimizer):
     (see `Shown`); at the next step, the buckets are rebuilt if necessary, and keep the state that fits.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        exchange_dtype: torch.dtype | None,
-        max_skipped_steps: int,
-        process_group: Any,
-    ):
+    def __init__(self, params: Any, defaults: dict[str, Any], exchange_dtype: Any, max_skipped_steps: int, process_group: Any):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
         self._compared = False  # whether ranks have compared weights
-        _, error = attempt(self._initialize, params, defaults)
-        agree(self._ranks, [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"], error)
+        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
+        agree(self._ranks, self._initialize, params, defaults, describe=lambda _: own)
         self._install([])
         self._rebuild()
 
@@ -63,9 +56,8 @@ class BucketedOptimizer(Optimizer):
             return
         self._check_exchange()
         number = len(self.param_groups)
-        _, error = attempt(self._add, param_group)
         try:
-            agree(self._ranks, [], error)
+            agree(self._ranks, self._add, param_group)
             self._rebuild()
         except Exception:  # on any rank, so all ranks drop the group
             del self.param_groups[number:]
@@ -93,14 +85,11 @@ class BucketedOptimizer(Optimizer):
         buckets unchanged.
         """
         groups: Any = self.param_groups
-        _, error = attempt(options.check_groups, groups)
-        agree(self._ranks, options.describe(groups) if error is None else [], error)
-        present = [dict.get(self.state, p) for p in self._params()]
-        looked = bool(self._shown.own) or any(isinstance(entry, dict) and "step" in entry for entry in present)
-        entries = {p: entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}
+        agree(self._ranks, options.check_groups, groups, describe=lambda _: options.describe(groups))
+        entries = {p: entry for p, entry in dict.items(self.state) if isinstance(p, Tensor) and isinstance(entry, dict)}
+        looked = bool(self._shown.own) or any("step" in entry for entry in entries.values())
         self._shown.show(checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, None)))
-        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
-        agree(self._ranks, [], error)
+        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
         self._install(buckets, checkpoint.is_zero(entries), looked)
 
     def _install(self, buckets: list[Bucket], zero: bool = False, looked: bool = False) -> None:
@@ -118,7 +107,7 @@ class BucketedOptimizer(Optimizer):
     def _show(self, gathered: Callable[[], Entries] | None, looked: bool) -> None:
         """Show in `state` what `gathered` returns from now on; see `Shown`."""
         state = self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
-        self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)  # type: ignore[arg-type]
+        self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)
         state.look = self._shown.look
 
     def _names(self) -> dict[Tensor, str]:
@@ -145,8 +134,12 @@ class BucketedOptimizer(Optimizer):
             if self._shown.gathered:
                 self._show(None, bool(self._shown.own))
             if not self._compared:
-                names, params = self._names(), [p for p in self._params() if not is_sharded(p) and not is_lazy(p)]
-                agree(self._ranks, [f"{names[p]} with weights of checksum {checksum(p)}" for p in params], None)
+                params = {p: name for p, name in self._names().items() if not is_sharded(p) and not is_lazy(p)}
+                agree(
+                    self._ranks,
+                    lambda: [f"{name} with weights of checksum {checksum(p)}" for p, name in params.items()],
+                    describe=list,
+                )
                 self._compared = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,8 +175,8 @@ class BucketedOptimizer(Optimizer):
         another rank fails, or as `step` does if ranks differed at the last step.
         """
         self._check_exchange()
-        _, error = attempt(check_value, "to", to, one_of(None, *range(self._ranks.size)))
-        agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
+        own = [f"argument to={to}", *options.describe(self.param_groups)]
+        agree(self._ranks, check_value, "to", to, one_of(None, *range(self._ranks.size)), describe=lambda _: own)
         self._update_buckets()
         if self._ranks.size > 1:
             entries = checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, to))
@@ -205,11 +198,9 @@ class BucketedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        found, error = attempt(checkpoint.read, state_dict, self.param_groups)
-        agree(self._ranks, options.describe(found[0]) if found else [], error)
-        groups, entries = found
-        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks)
-        agree(self._ranks, [], error)
+        read = partial(checkpoint.read, state_dict, self.param_groups)
+        groups, entries = agree(self._ranks, read, describe=lambda found: options.describe(found[0]))
+        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks)
         self.param_groups = groups
         self.state.clear()  # the same dictionary: wrappers may share it
         self.state.update(checkpoint.foreign(buckets, entries, copy=True))

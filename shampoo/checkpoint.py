@@ -46,7 +46,7 @@ def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]
     for name, flat in moments(bucket):
         for view, X in zip(layout.views, flat_views(layout, flat, bucket.params), strict=True):
             yield name, tuple(bucket.shapes[view.param]), view, X
-    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=False):
+    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=True):
         for name, d, matrices in preconditioner.tensors():
             for grid in grids:
                 X = matrices[grid.row : grid.row + grid.size]

@@ -18,9 +18,9 @@ from .state import Bucket, is_own, read_steps
 
 
 class State(defaultdict[Any, Any]):
-    """`optimizer.state`: a dictionary that calls `look`, if set, before an entry is read."""
+    """`optimizer.state`: a dictionary that calls `look` before an entry is read."""
 
-    look: Callable[[], None] | None = None
+    look: Callable[[], None] = staticmethod(lambda: None)
 
 
 def _looking(name: str) -> Callable[..., Any]:
@@ -29,8 +29,7 @@ def _looking(name: str) -> Callable[..., Any]:
 
     def call(state: State, *arguments: Any, **named: Any) -> Any:
         """Call `look`, then the method."""
-        if state.look is not None:
-            state.look()
+        state.look()
         return method(state, *arguments, **named)
 
     return call
@@ -68,7 +67,7 @@ class Shown:
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        groups: Sequence[Group],
+        groups: Any,
         state: dict[Any, Any],
         gathered: Callable[[], Entries] | None,
         looked: bool,

@@ -25,7 +25,7 @@ class Bucket:
     """Parameters of one group with the same device, state dtype, and `factored`, and one rank's part of their state.
 
     Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters of which no block has
-    factors are not `factored`: they have no preconditioners. The grafting method alone updates blocks without factors.
+    factors are not `factored`: their preconditioners are empty. The grafting method alone updates blocks without factors.
     """
 
     group: Group
@@ -44,10 +44,9 @@ class Bucket:
         self.exp_avg = self.zeros() if group["betas"][0] else None
         self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
-        make = partial(kind, options=group, dtype=self.dtype, device=self.device)
-        stacks = self.layout.stacks if self.factored else ()
         self.preconditioners = [
-            make(stack, each or (0.0,) * (len(stack) - 1)) for stack, each in zip(stacks, exponents, strict=False)
+            kind(stack, each or (0.0,) * (len(stack) - 1), group, self.dtype, self.device)
+            for stack, each in zip(self.layout.stacks, exponents, strict=True)
         ]
         self.rotates = self.factored and kind.ROTATES
         self.second_moment = kind.SECOND_MOMENT if self.factored else "exp_avg_sq"  # its key
