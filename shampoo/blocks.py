@@ -82,11 +82,8 @@ def cut(shape: Shape, block_size: int, param: int = 0) -> list[Grid]:
     for size in shape:
         full, rest = divmod(size, block_size)
         chunks.append([(0, full, block_size)] * (full > 0) + [(full * block_size, 1, rest)] * (rest > 0))
-    found = []
-    for number, choice in enumerate(product(*chunks)):
-        start, counts, block = zip(*choice, strict=True)
-        found.append(Grid(start, counts, block, param, number, total=prod(counts)))
-    return found
+    choices = (zip(*choice, strict=True) for choice in product(*chunks))
+    return [Grid(start, counts, block, param, i, total=prod(counts)) for i, (start, counts, block) in enumerate(choices)]
 
 
 def split(grid: Grid) -> list[Grid]:

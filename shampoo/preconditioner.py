@@ -32,7 +32,6 @@ class Kronecker:
     APPLIED = "inv_roots"  # the matrices that `direction` needs
     PRODUCTS = 1  # of a block with each root or basis per step
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
-    SECOND_MOMENT = "exp_avg_sq"  # key of the grafting method's second moment
 
     def __init__(
         self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
@@ -177,7 +176,6 @@ class Eigenbasis(Kronecker):
     APPLIED = "eigvecs"
     PRODUCTS = 3  # to rotate the gradient and its average, and the step back
     ROTATES = True
-    SECOND_MOMENT = "rotated_exp_avg_sq"
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
         "solver": one_of("eigh", "qr"),

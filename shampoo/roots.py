@@ -57,7 +57,7 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
-    order = torch.arange(A.shape[-1], device=A.device).expand(len(A), -1)
+    order = torch.arange(A.shape[-1], device=A.device).repeat(len(A), 1)
     square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
     turns = square - lam.square().sum(dim=1) > tolerance**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
@@ -65,7 +65,6 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         lam[first], Q[first] = descending_eigh(A[first])
         turns = turns & ~first
     if turns.any():
-        order = order.clone()
         order[turns] = lam[turns].argsort(dim=1, descending=True)
         basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
         Q[turns], lam[turns] = basis, (basis * (A[turns] @ basis)).sum(dim=1)

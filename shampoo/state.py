@@ -49,7 +49,7 @@ class Bucket:
             for stack, each in zip(self.layout.stacks, exponents, strict=True)
         ]
         self.rotates = self.factored and kind.ROTATES
-        self.second_moment = kind.SECOND_MOMENT if self.factored else "exp_avg_sq"  # its key
+        self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
         self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
