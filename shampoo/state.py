@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -71,8 +70,8 @@ def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
 
 def tensors(bucket: Bucket) -> list[Tensor]:
     """Return all state tensors of a bucket, in the same order for equal options and layouts."""
-    matrices = chain.from_iterable(each.tensors() for each in bucket.preconditioners)
-    return [flat for _, flat in moments(bucket)] + [X for _, _, X in matrices]
+    matrices = [X for preconditioner in bucket.preconditioners for _, _, X in preconditioner.tensors()]
+    return [flat for _, flat in moments(bucket)] + matrices
 
 
 def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Bucket]:
