@@ -86,8 +86,9 @@ class BucketedOptimizer(Optimizer):
         """
         groups: Any = self.param_groups
         agree(self._ranks, options.check_groups, groups, describe=lambda _: options.describe(groups))
-        entries = {p: entry for p, entry in dict.items(self.state) if isinstance(p, Tensor) and isinstance(entry, dict)}
-        looked = bool(self._shown.own) or any("step" in entry for entry in entries.values())
+        present = [entry for entry in dict.values(self.state) if isinstance(entry, dict)]
+        looked = bool(self._shown.own) or any("step" in entry for entry in present)
+        entries = {p: entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}
         self._shown.show(checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, None)))
         buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
         self._install(buckets, checkpoint.is_zero(entries), looked)
@@ -97,11 +98,11 @@ class BucketedOptimizer(Optimizer):
 
         If `looked`, `state` shows their state at once.
         """
-        self._buckets, alone = buckets, self._ranks.size == 1
-        shared = buckets and not alone
-        self._exchange = Exchange(self._ranks, buckets, self._names(), self._exchange_dtype) if shared else None
-        gathered = partial(checkpoint.zero_shards, buckets, self._ranks, "cpu")
-        self._show((lambda: checkpoint.pack(gathered())) if zero or alone else None, looked)
+        self._buckets, ranks = buckets, self._ranks
+        shared = ranks.size > 1 and buckets
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
+        known = zero or ranks.size == 1
+        self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 
     @torch.inference_mode(False)
     def _show(self, gathered: Callable[[], Entries] | None, looked: bool) -> None:
@@ -113,9 +114,6 @@ class BucketedOptimizer(Optimizer):
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
         return options.parameter_names(self.param_groups)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_exchange(self) -> None:
         """Raise errors of the last step on multiple ranks; see `Exchange.check`."""
@@ -135,11 +133,8 @@ class BucketedOptimizer(Optimizer):
                 self._show(None, bool(self._shown.own))
             if not self._compared:
                 params = {p: name for p, name in self._names().items() if not is_sharded(p) and not is_lazy(p)}
-                agree(
-                    self._ranks,
-                    lambda: [f"{name} with weights of checksum {checksum(p)}" for p, name in params.items()],
-                    describe=list,
-                )
+                lines = [f"{name} with weights of checksum {checksum(p)}" for p, name in params.items()]
+                agree(self._ranks, list, lines, describe=list)
                 self._compared = True
 
     def state_dict(self) -> dict[str, Any]:

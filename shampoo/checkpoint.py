@@ -59,7 +59,7 @@ def place(view: View, X: Tensor) -> Tensor:
     return X.as_strided(view.shape, view.stride, X.storage_offset() + view.offset)
 
 
-def zero_shards(buckets: Sequence[Bucket], ranks: Ranks, device: str) -> list[list[Bucket]]:
+def zero_shards(buckets: Sequence[Bucket], ranks: Ranks, device: str = "cpu") -> list[list[Bucket]]:
     """Return found[bucket][rank], the counterparts of buckets on all ranks, all zeros on `device`; on one rank, the buckets."""
     if ranks.size == 1:
         return [[bucket] for bucket in buckets]
