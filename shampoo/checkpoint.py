@@ -23,17 +23,13 @@ from torch import Tensor
 
 from .blocks import View
 from .copies import flat_views
-from .group import OPTIONS, Group
+from .group import ADDED, OPTIONS, Group, marked
 from .options import check_groups, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
-ADDED = {  # options that a state_dict may lack
-    "cautious_decay", "covariance", "factor_frequency", "max_factor_ratio", "maximize", "preconditioner", "qr_tolerance",
-    "unfactored_beta2",
-}  # fmt: skip
 # State that may be missing after a change of groups or of `state`, and then starts at zero.
 MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
@@ -234,7 +230,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tup
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     for k, of_group in enumerate(options):
-        missing = {*OPTIONS, "step"} - ADDED - of_group.keys()
+        missing = {*OPTIONS, "step"} - {*marked(ADDED)} - of_group.keys()
         if missing:
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]

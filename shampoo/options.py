@@ -22,11 +22,6 @@ NOT_NEEDED = {
     "capturable": "step counts are on the host",
     "differentiable": "weights are updated in place",
 }
-# Options that determine which state there is. If one changes, state is rebuilt from what fits.
-STRUCTURAL = (
-    "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "covariance", "max_factor_ratio",
-    "exponents", "exponent_multiplier", "grafting", "solver", "bf16_roots",
-)  # fmt: skip
 
 
 def plain(x: Any) -> Any:

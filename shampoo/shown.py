@@ -12,9 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoint import Entries, counts, pieces, place
 from .copies import copy
-from .group import Group
-from .options import STRUCTURAL
+from .group import STRUCTURAL, Group, marked
 from .state import Bucket, is_own, read_steps
+
+STRUCTURE = marked(STRUCTURAL)
 
 
 class State(defaultdict[Any, Any]):
@@ -43,10 +44,10 @@ for _name in (
 
 
 def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what determines the buckets: parameters, shapes, devices, dtypes, and STRUCTURAL options."""
+    """Return what determines the buckets: parameters, shapes, devices, dtypes, and structural options."""
     found: list[Any] = []
     for group in groups:
-        found += [id(group), *map(group.get, STRUCTURAL)]
+        found += [id(group), *map(group.get, STRUCTURE)]
         for p in group["params"]:
             found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
     return found
