@@ -2,7 +2,6 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, options
-from .checkpoint import Entries
 from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, integer, one_of
-from .shown import Shown, State
+from .shown import Gathered, Shown, State
 from .state import Bucket
 
 # Attributes that pickle and deepcopy keep, besides torch's.
@@ -105,7 +103,7 @@ class BucketedOptimizer(Optimizer):
         self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 
     @torch.inference_mode(False)
-    def _show(self, gathered: Callable[[], Entries] | None, looked: bool) -> None:
+    def _show(self, gathered: Gathered, looked: bool) -> None:
         """Show in `state` what `gathered` returns from now on; see `Shown`."""
         state = self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
         self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)

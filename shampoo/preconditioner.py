@@ -75,8 +75,8 @@ class Kronecker:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
-        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero. V, the stack's second moment
-        (B, d1, ..., dk), does not change.
+        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero. V is the stack's second
+        moment (B, d1, ..., dk), for subclasses, which replace `solve`.
         """
         rescued = []
         for d, A in enumerate(self.factors):

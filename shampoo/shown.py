@@ -15,6 +15,7 @@ from .copies import copy
 from .group import STRUCTURAL, Group, marked
 from .state import Bucket, is_own, read_steps
 
+Gathered = Callable[[], Entries] | None  # returns the state of all parameters; None on a rank that has only a part of it
 STRUCTURE = marked(STRUCTURAL)
 
 
@@ -61,22 +62,14 @@ class Shown:
     Args:
         groups: what the buckets were made for.
         state: `optimizer.state`; its dictionaries stay, with foreign keys.
-        gathered: returns the state of all parameters, or None if this rank has only a part of it, and shows `step` alone.
+        gathered: if None, `step` alone is shown.
         looked: whether the entries are filled at once. Tensors stay the same objects where they fit.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        groups: Any,
-        state: dict[Any, Any],
-        gathered: Callable[[], Entries] | None,
-        looked: bool,
-    ):
+    def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
         self._buckets, self._signature, self.gathered = buckets, signature(groups), gathered
-        self.own: dict[
-            Tensor, dict[str, tuple[Tensor, int]]
-        ] = {}  # what is shown, and its `data_ptr`; empty until a user looks
+        # What is shown of each parameter, and its `data_ptr`; empty until a user looks
+        self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
         live = self.live() if looked else {}
         for bucket in buckets:
