@@ -196,7 +196,7 @@ class BucketedOptimizer(Optimizer):
         buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks)
         self.param_groups = groups
         self.state.clear()  # the same dictionary: wrappers may share it
-        self.state.update(checkpoint.foreign(buckets, entries, copy=True))
+        self.state.update(checkpoint.foreign(buckets, entries, checkpoint.copied))
         self._install(buckets, checkpoint.is_zero(entries))
         self._health.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

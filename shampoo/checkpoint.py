@@ -9,7 +9,7 @@ owns them. Other keys are foreign: they are kept unchanged.
 In version 1, parameters have no `step`, and take that of their group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -115,10 +115,8 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> Entries:
     return state
 
 
-def pack_state_dict(
-    groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, dict[str, Any]], state: Mapping[Any, dict[str, Any]]
-) -> dict[str, Any]:
-    """Return the state_dict of groups, each parameter's entry, and foreign keys of `state`, with parameters as indices."""
+def pack_state_dict(groups: Sequence[dict[str, Any]], entries: Entries, state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """Return the state_dict of groups and `state`, updated with each parameter's entry, with parameters as indices."""
     index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
     packed = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
     others = {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
@@ -138,9 +136,7 @@ def is_zero(entries: Mapping[Any, Any]) -> bool:
     return not any(bool(X.any()) for X in values if isinstance(X, Tensor))
 
 
-def unpack(
-    groups: Sequence[Group], saved: Mapping[Tensor, dict[str, Any]], ranks: Ranks, late: Sequence[str] = ()
-) -> list[Bucket]:
+def unpack(groups: Sequence[Group], saved: Entries, ranks: Ranks, late: Sequence[str] = ()) -> list[Bucket]:
     """Return this rank's buckets for these groups with the state of each parameter, converted to their dtypes.
 
     A parameter without state starts at zero, and so does missing state whose name is in `late`. Raises ValueError, naming the
@@ -193,20 +189,18 @@ def lookup(entry: Any, key: str) -> Any:
     return entry
 
 
-def foreign(buckets: Sequence[Bucket], state: Mapping[Any, dict[str, Any]], copy: bool = False) -> dict[Any, dict[str, Any]]:
-    """Return the foreign keys of each parameter's entry, and the entries of no parameter.
-
-    If `copy`, values of parameters are copies, tensors on the parameter's device.
-    """
+def foreign(buckets: Sequence[Bucket], state: Mapping[Any, Any], copy: Callable[[Any, Any], Any] = lambda x, _: x) -> Any:
+    """Return copy(value, device) of the foreign keys of each parameter's entry, and the entries of no parameter."""
     found = {**state}
     for bucket in buckets:
         for p in bucket.params:
-            found[p] = {key: x for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
-            if copy:
-                found[p] = {
-                    key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in found[p].items()
-                }
+            found[p] = {key: copy(x, p.device) for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
     return found
+
+
+def copied(x: Any, device: torch.device) -> Any:
+    """Return a copy of a foreign value, if it is a tensor, on this device."""
+    return x.to(device, copy=True) if isinstance(x, Tensor) else deepcopy(x)
 
 
 def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, dict[str, Any]]]:

@@ -127,17 +127,16 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
                 of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
                 fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
                 found[param].append((*of_block, is_missing(applied), fits))
-    columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
-    return {
-        param: {
-            "condition": condition.max().item(),
-            "effective_rank": rank.min().item(),
-            "roots_missing": missing.mean().item(),
-        }
-        | ({} if group["preconditioner"] == "soap" else {"root_residual": residual.max().item()})
-        | ({} if fits.isnan().all() else {"bases_fit": fits.mean().item()})
-        for param, (condition, rank, residual, missing, fits) in columns.items()
-    }
+    figures = {}
+    for param, rows in found.items():
+        condition, rank, residual, missing, fit = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
+        of_param = {"condition": condition.max(), "effective_rank": rank.min(), "roots_missing": missing.mean()}
+        if group["preconditioner"] != "soap":
+            of_param["root_residual"] = residual.max()
+        if not fit.isnan().all():
+            of_param["bases_fit"] = fit.mean()
+        figures[param] = {name: x.item() for name, x in of_param.items()}
+    return figures
 
 
 def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float]:
