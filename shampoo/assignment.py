@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
-from .blocks import Layout, cut, split, stack
+from .blocks import Layout, Shape, cut, split, stack
 
 SLACK = 0.03  # how far a rank's operations may exceed the mean if that evens out what ranks send
 
@@ -17,10 +17,7 @@ class Cost(NamedTuple):
 
 
 def share_blocks(
-    shapes: Sequence[tuple[int, ...]],
-    block_size: int,
-    flops: Callable[[tuple[int, ...]], float] = prod,
-    loads: Sequence[Cost] = (Cost(0.0, 0),),
+    shapes: Sequence[Shape], block_size: int, flops: Callable[[Shape], float] = prod, loads: Sequence[Cost] = (Cost(0.0, 0),)
 ) -> tuple[list[Layout], list[Cost]]:
     """Cut parameters of these merged shapes into blocks and assign the blocks; return each rank's layout and load.
 

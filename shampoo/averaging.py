@@ -1,6 +1,5 @@
 """Averages of the weights, for evaluation (Karras et al. 2023, arXiv 2312.02696)."""
 
-import math
 from itertools import chain
 from typing import Any
 
@@ -10,18 +9,14 @@ from torch import Tensor, nn
 GAMMA = 6.94  # the window's standard deviation is 0.10 of the steps so far: sqrt((g + 1) / ((g + 2)^2 (g + 3)))
 
 
-def newest_weight(step: int) -> float:
-    """Return the weight of the newest iterate in the average after `step` of them, 1 - (1 - 1/step)^(GAMMA + 1)."""
-    return 1 - math.pow(1 - 1 / step, GAMMA + 1)
-
-
 def update_averages(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
     """E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in place, where t is num_averaged + 1; integer tensors are copied.
 
     This is a `multi_avg_fn` for `torch.optim.swa_utils.AveragedModel`, also with use_buffers=True.
     """
     if averages[0].is_floating_point():
-        torch._foreach_lerp_(averages, weights, newest_weight(int(num_averaged) + 1))
+        newest = 1 - (1 - 1 / (int(num_averaged) + 1)) ** (GAMMA + 1)
+        torch._foreach_lerp_(averages, weights, newest)
     else:
         torch._foreach_copy_(averages, weights)
 

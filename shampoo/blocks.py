@@ -11,13 +11,15 @@ from itertools import accumulate, product
 from math import prod
 from typing import NamedTuple
 
+Shape = tuple[int, ...]
+
 
 class Grid(NamedTuple):
     """Blocks of one shape in a parameter: along dimension d, `counts[d]` blocks of size `block[d]`, starting at `start[d]`."""
 
-    start: tuple[int, ...]
-    counts: tuple[int, ...]
-    block: tuple[int, ...]
+    start: Shape
+    counts: Shape
+    block: Shape
     param: int = 0  # index of the parameter in the layout
     number: int = 0  # index of the grid among the parameter's grids
     total: int = 0  # number of blocks in the grid before `split`
@@ -34,16 +36,16 @@ class View(NamedTuple):
     """Arguments of `as_strided` that view a grid's blocks in a contiguous parameter, as (*counts, *block)."""
 
     param: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Shape
+    stride: Shape
     offset: int
 
 
 class Layout(NamedTuple):
     """Where one rank's blocks are in its flat vector."""
 
-    shapes: list[tuple[int, ...]]  # merged shape of each parameter
-    stacks: tuple[tuple[int, ...], ...]  # (B, d1, ..., dk) of each stack, in the order of the flat vector
+    shapes: list[Shape]  # merged shape of each parameter
+    stacks: tuple[Shape, ...]  # (B, d1, ..., dk) of each stack, in the order of the flat vector
     grids: list[list[Grid]]  # of each stack, in row order
     views: list[View]  # of each grid, in the order of the flat vector
     lengths: list[int]  # elements of each grid, in the same order
@@ -51,7 +53,7 @@ class Layout(NamedTuple):
     params: list[list[int]]  # index of the parameter that each block belongs to: [stack][row]
 
 
-def merge_dims(shape: tuple[int, ...], block_size: int, max_factor_ratio: float | None = None) -> tuple[int, ...]:
+def merge_dims(shape: Shape, block_size: int, max_factor_ratio: float | None = None) -> Shape:
     """Drop dimensions of size 1, then merge each dimension into the one before it while their product is <= block_size.
 
     With max_factor_ratio c, begin at the last dimension instead, and merge while the product d also satisfies d^2 <= c n, where
@@ -74,7 +76,7 @@ def merge_dims(shape: tuple[int, ...], block_size: int, max_factor_ratio: float 
     return tuple(merged if max_factor_ratio is None else merged[::-1]) or (1,)
 
 
-def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
+def cut(shape: Shape, block_size: int, param: int = 0) -> list[Grid]:
     """Cut every dimension into chunks of block_size; the last chunk is the remainder (1280 -> 1024 + 256).
 
     Return the grids in row-major order of their starts, or [] for a shape without elements.
@@ -83,11 +85,8 @@ def cut(shape: tuple[int, ...], block_size: int, param: int = 0) -> list[Grid]:
     for size in shape:
         full, rest = divmod(size, block_size)
         chunks.append([(0, full, block_size)] * (full > 0) + [(full * block_size, 1, rest)] * (rest > 0))
-    found = []
-    for number, choice in enumerate(product(*chunks)):
-        start, counts, block = zip(*choice, strict=True)
-        found.append(Grid(start, counts, block, param, number, total=prod(counts)))
-    return found
+    choices = (zip(*choice, strict=True) for choice in product(*chunks))
+    return [Grid(start, counts, block, param, i, total=prod(counts)) for i, (start, counts, block) in enumerate(choices)]
 
 
 def split(grid: Grid) -> list[Grid]:
@@ -97,9 +96,9 @@ def split(grid: Grid) -> list[Grid]:
     return [grid._replace(start=start, counts=ones, first=i) for i, start in enumerate(starts)]
 
 
-def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
+def stack(shapes: Sequence[Shape], grids: Iterable[Grid]) -> Layout:
     """Return the layout of grids cut from parameters of these merged shapes, with one stack per block shape."""
-    stacks: dict[tuple[int, ...], list[Grid]] = {}
+    stacks: dict[Shape, list[Grid]] = {}
     for grid in grids:
         before = stacks.setdefault(grid.block, [])
         before.append(grid._replace(row=before[-1].row + before[-1].size if before else 0))
@@ -110,7 +109,7 @@ def stack(shapes: Sequence[tuple[int, ...]], grids: Iterable[Grid]) -> Layout:
     return Layout(list(shapes), shapes_of_stacks, list(stacks.values()), views, lengths, sum(lengths), params)
 
 
-def view(grid: Grid, shape: tuple[int, ...]) -> View:
+def view(grid: Grid, shape: Shape) -> View:
     """Return the `View` of a grid's blocks in a contiguous parameter of this merged shape."""
     stride = tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1]
     between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # strides between blocks

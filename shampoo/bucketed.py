@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, options
-from .copies import attempt, checksum, is_sharded
+from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
 from .rules import check_value, integer, one_of
-from .shown import Entries, Shown, State
+from .shown import Gathered, Shown, State
 from .state import Bucket
 
 # Attributes that pickle and deepcopy keep, besides torch's.
@@ -28,19 +29,12 @@ class BucketedOptimizer(Optimizer):
     (see `Shown`); at the next step, the buckets are rebuilt if necessary, and keep the state that fits.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        exchange_dtype: torch.dtype | None,
-        max_skipped_steps: int,
-        process_group: Any,
-    ):
+    def __init__(self, params: Any, defaults: dict[str, Any], exchange_dtype: Any, max_skipped_steps: int, process_group: Any):
         self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
         self._health = Health(max_skipped_steps)
         self._compared = False  # whether ranks have compared weights
-        _, error = attempt(self._initialize, params, defaults)
-        agree(self._ranks, [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"], error)
+        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
+        agree(self._ranks, self._initialize, params, defaults, describe=lambda _: own)
         self._install([])
         self._rebuild()
 
@@ -60,9 +54,8 @@ class BucketedOptimizer(Optimizer):
             return
         self._check_exchange()
         number = len(self.param_groups)
-        _, error = attempt(self._add, param_group)
         try:
-            agree(self._ranks, [], error)
+            agree(self._ranks, self._add, param_group)
             self._rebuild()
         except Exception:  # on any rank, so all ranks drop the group
             del self.param_groups[number:]
@@ -90,14 +83,12 @@ class BucketedOptimizer(Optimizer):
         buckets unchanged.
         """
         groups: Any = self.param_groups
-        _, error = attempt(options.check_groups, groups)
-        agree(self._ranks, options.describe(groups) if error is None else [], error)
-        present = [dict.get(self.state, p) for p in self._params()]
-        looked = bool(self._shown.own) or any(isinstance(entry, dict) and "step" in entry for entry in present)
+        agree(self._ranks, options.check_groups, groups, describe=lambda _: options.describe(groups))
+        present = [entry for entry in dict.values(self.state) if isinstance(entry, dict)]
+        looked = bool(self._shown.own) or any("step" in entry for entry in present)
         entries = {p: entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}
         self._shown.show(checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, None)))
-        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
-        agree(self._ranks, [], error)
+        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
         self._install(buckets, checkpoint.is_zero(entries), looked)
 
     def _install(self, buckets: list[Bucket], zero: bool = False, looked: bool = False) -> None:
@@ -105,26 +96,22 @@ class BucketedOptimizer(Optimizer):
 
         If `looked`, `state` shows their state at once.
         """
-        ranks = self._ranks
-
-        def gathered() -> Entries:
-            """Return the state of all parameters, on one rank or while it is zero."""
-            return checkpoint.pack([[b] if ranks.size == 1 else checkpoint.zero_shards(b, "cpu", ranks) for b in buckets])
-
-        self._buckets = buckets
+        self._buckets, ranks = buckets, self._ranks
         shared = ranks.size > 1 and buckets
         self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
-        self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
-        known = gathered if zero or ranks.size == 1 else None
-        self._shown = Shown(buckets, self.param_groups, self.state, known, looked)  # type: ignore[arg-type]
-        self.state.look = self._shown.look
+        known = zero or ranks.size == 1
+        self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
+
+    @torch.inference_mode(False)
+    def _show(self, gathered: Gathered, looked: bool) -> None:
+        """Show in `state` what `gathered` returns from now on; see `Shown`."""
+        state = self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
+        self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)
+        state.look = self._shown.look
 
     def _names(self) -> dict[Tensor, str]:
         """Return parameter names for error messages."""
         return options.parameter_names(self.param_groups)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_exchange(self) -> None:
         """Raise errors of the last step on multiple ranks; see `Exchange.check`."""
@@ -140,10 +127,12 @@ class BucketedOptimizer(Optimizer):
         self._health.count(self._names)
         self._update_buckets()
         if self._ranks.size > 1:
-            self._shown.show_instead(None)
+            if self._shown.gathered:
+                self._show(None, bool(self._shown.own))
             if not self._compared:
-                names, params = self._names(), [p for p in self._params() if not is_sharded(p) and not is_lazy(p)]
-                agree(self._ranks, [f"{names[p]} with weights of checksum {checksum(p)}" for p in params], None)
+                params = {p: name for p, name in self._names().items() if not is_sharded(p) and not is_lazy(p)}
+                lines = [f"{name} with weights of checksum {checksum(p)}" for p, name in params.items()]
+                agree(self._ranks, list, lines, describe=list)
                 self._compared = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,7 +153,7 @@ class BucketedOptimizer(Optimizer):
                 "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
                 "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
             )
-        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), self._shown.foreign(self.state))
+        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), dict(dict.items(self.state)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
@@ -179,13 +168,12 @@ class BucketedOptimizer(Optimizer):
         another rank fails, or as `step` does if ranks differed at the last step.
         """
         self._check_exchange()
-        _, error = attempt(check_value, "to", to, one_of(None, *range(self._ranks.size)))
-        agree(self._ranks, [f"argument to={to}", *options.describe(self.param_groups)], error)
+        own = [f"argument to={to}", *options.describe(self.param_groups)]
+        agree(self._ranks, check_value, "to", to, one_of(None, *range(self._ranks.size)), describe=lambda _: own)
         self._update_buckets()
         if self._ranks.size > 1:
-            shards = checkpoint.collect(self._buckets, self._ranks, to)
-            entries = checkpoint.pack(shards)
-            self._shown.show_instead((lambda: entries) if to in (None, self._ranks.rank) else None)
+            entries = checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, to))
+            self._show((lambda: entries) if to in (None, self._ranks.rank) else None, bool(self._shown.own))
 
     def consolidate(self, to: int | None = 0) -> None:
         """Call `consolidate_state_dict`. Deprecated: this is its former name."""
@@ -203,14 +191,12 @@ class BucketedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        found, error = attempt(checkpoint.read, state_dict, self.param_groups)
-        agree(self._ranks, options.describe(found[0]) if found else [], error)
-        groups, entries = found
-        buckets, error = attempt(checkpoint.unpack, groups, entries, self._ranks)
-        agree(self._ranks, [], error)
+        read = partial(checkpoint.read, state_dict, self.param_groups)
+        groups, entries = agree(self._ranks, read, describe=lambda found: options.describe(found[0]))
+        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks)
         self.param_groups = groups
         self.state.clear()  # the same dictionary: wrappers may share it
-        self.state.update(checkpoint.foreign(buckets, entries))
+        self.state.update(checkpoint.foreign(buckets, entries, checkpoint.copied))
         self._install(buckets, checkpoint.is_zero(entries))
         self._health.forget()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -223,7 +209,7 @@ class BucketedOptimizer(Optimizer):
             )
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
-        return {**kept, "state": defaultdict(dict, self._shown.foreign(self.state))}
+        return {**kept, "state": defaultdict(dict, checkpoint.foreign(self._buckets, dict(dict.items(self.state))))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -9,7 +9,7 @@ owns them. Other keys are foreign: they are kept unchanged.
 In version 1, parameters have no `step`, and take that of their group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -23,21 +23,17 @@ from torch import Tensor
 
 from .blocks import View
 from .copies import flat_views
-from .group import OPTIONS, Group
+from .group import ADDED, OPTIONS, Group, marked
 from .options import check_groups, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
 
 VERSION = 2
-ADDED = {  # options that a state_dict may lack
-    "cautious_decay", "covariance", "factor_frequency", "max_factor_ratio", "maximize", "preconditioner", "qr_tolerance",
-    "unfactored_beta2",
-}  # fmt: skip
 # State that may be missing after a change of groups or of `state`, and then starts at zero.
 MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
-ParameterState = dict[str, Any]  # by key
+Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter, by key
 
 
 def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]]:
@@ -46,7 +42,7 @@ def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]
     for name, flat in moments(bucket):
         for view, X in zip(layout.views, flat_views(layout, flat, bucket.params), strict=True):
             yield name, tuple(bucket.shapes[view.param]), view, X
-    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=False):
+    for grids, preconditioner in zip(layout.grids, bucket.preconditioners, strict=True):
         for name, d, matrices in preconditioner.tensors():
             for grid in grids:
                 X = matrices[grid.row : grid.row + grid.size]
@@ -59,9 +55,11 @@ def place(view: View, X: Tensor) -> Tensor:
     return X.as_strided(view.shape, view.stride, X.storage_offset() + view.offset)
 
 
-def zero_shards(bucket: Bucket, device: str, ranks: Ranks) -> list[Bucket]:
-    """Return each rank's counterpart of this bucket, all zeros, on `device`."""
-    return [replace(bucket, device=torch.device(device), rank=r) for r in range(ranks.size)]
+def zero_shards(buckets: Sequence[Bucket], ranks: Ranks, device: str = "cpu") -> list[list[Bucket]]:
+    """Return found[bucket][rank], the counterparts of buckets on all ranks, all zeros on `device`; on one rank, the buckets."""
+    if ranks.size == 1:
+        return [[bucket] for bucket in buckets]
+    return [[replace(bucket, device=torch.device(device), rank=r) for r in range(ranks.size)] for bucket in buckets]
 
 
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
@@ -69,11 +67,9 @@ def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[lis
 
     Return found[bucket][rank] there, and [] on other ranks. With one rank, these are the buckets themselves.
     """
-    if ranks.size == 1:
-        return [[bucket] for bucket in buckets]
     receives = to in (None, ranks.rank)
-    collected = [zero_shards(bucket, "cpu" if receives else "meta", ranks) for bucket in buckets]
-    for own, shards in zip(buckets, collected, strict=True):
+    collected = zero_shards(buckets, ranks, "cpu" if receives else "meta")
+    for own, shards in zip(buckets, collected, strict=True) if ranks.size > 1 else ():
         for owner, shard in enumerate(shards):
             shard.steps = list(own.steps)
             for source, X in zip(tensors(own if owner == ranks.rank else shard), tensors(shard), strict=True):
@@ -97,17 +93,20 @@ def transfer(X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int 
     return buffer
 
 
-def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]:
+def counts(buckets: Sequence[Bucket]) -> Entries:
+    """Return `step` of each parameter, a new tensor."""
+    return {p: {"step": torch.tensor(float(n))} for bucket in buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
+
+
+def pack(buckets: Sequence[Sequence[Bucket]]) -> Entries:
     """Return the state of each parameter, given the counterparts of each bucket on all ranks: buckets[bucket][rank].
 
     Tensors are views of the buckets where they are contiguous there, otherwise copies; `step` is always a copy.
     """
-    state: dict[Tensor, dict[str, Tensor]] = {}
+    state = counts([shards[0] for shards in buckets])
     for shards in buckets:
-        params = shards[0].params
-        state |= {p: {"step": torch.tensor(float(steps))} for p, steps in zip(params, shards[0].steps, strict=True)}
         for key, shape, view, X in chain(*map(pieces, shards)):
-            entry = state[params[view.param]]
+            entry = state[shards[0].params[view.param]]
             whole = X.numel() == prod(shape) and X.as_strided(view.shape, view.stride).is_contiguous()
             if key not in entry:
                 entry[key] = X.view(shape) if whole else X.new_empty(shape)
@@ -116,10 +115,8 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> dict[Tensor, dict[str, Tensor]]
     return state
 
 
-def pack_state_dict(
-    groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, ParameterState], state: Mapping[Any, ParameterState]
-) -> dict[str, Any]:
-    """Return the state_dict of groups, each parameter's entry, and foreign keys of `state`, with parameters as indices."""
+def pack_state_dict(groups: Sequence[dict[str, Any]], entries: Entries, state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    """Return the state_dict of groups and `state`, updated with each parameter's entry, with parameters as indices."""
     index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
     packed = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
     others = {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
@@ -139,9 +136,7 @@ def is_zero(entries: Mapping[Any, Any]) -> bool:
     return not any(bool(X.any()) for X in values if isinstance(X, Tensor))
 
 
-def unpack(
-    groups: Sequence[Group], saved: Mapping[Tensor, ParameterState], ranks: Ranks, late: Sequence[str] = ()
-) -> list[Bucket]:
+def unpack(groups: Sequence[Group], saved: Entries, ranks: Ranks, late: Sequence[str] = ()) -> list[Bucket]:
     """Return this rank's buckets for these groups with the state of each parameter, converted to their dtypes.
 
     A parameter without state starts at zero, and so does missing state whose name is in `late`. Raises ValueError, naming the
@@ -194,17 +189,21 @@ def lookup(entry: Any, key: str) -> Any:
     return entry
 
 
-def foreign(buckets: Sequence[Bucket], entries: Mapping[Any, ParameterState]) -> dict[Any, ParameterState]:
-    """Return copies of the foreign keys of each parameter's entry, on its device, and the entries of no parameter."""
-    found = dict(entries)
+def foreign(buckets: Sequence[Bucket], state: Mapping[Any, Any], copy: Callable[[Any, Any], Any] = lambda x, _: x) -> Any:
+    """Return copy(value, device) of the foreign keys of each parameter's entry, and the entries of no parameter."""
+    found = {**state}
     for bucket in buckets:
         for p in bucket.params:
-            others = {key: x for key, x in entries.get(p, {}).items() if not is_own(bucket, key)}
-            found[p] = {key: x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x) for key, x in others.items()}
+            found[p] = {key: copy(x, p.device) for key, x in state.get(p, {}).items() if not is_own(bucket, key)}
     return found
 
 
-def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, ParameterState]]:
+def copied(x: Any, device: torch.device) -> Any:
+    """Return a copy of a foreign value, if it is a tensor, on this device."""
+    return x.to(device, copy=True) if isinstance(x, Tensor) else deepcopy(x)
+
+
+def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, dict[str, Any]]]:
     """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
 
     Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,
@@ -225,7 +224,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tup
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     for k, of_group in enumerate(options):
-        missing = {*OPTIONS, "step"} - ADDED - of_group.keys()
+        missing = {*OPTIONS, "step"} - {*marked(ADDED)} - of_group.keys()
         if missing:
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]

@@ -149,22 +149,19 @@ def move(
             add_full(p, full_update)
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Any) -> bool:
     """Return whether x is a DTensor."""
     return hasattr(x, "full_tensor")
 
 
-def full_tensor(x: Tensor) -> Tensor:
-    """Gather a DTensor, a collective on its mesh; return any other tensor unchanged."""
-    full: Tensor = getattr(x, "full_tensor", lambda: x)()
-    return full
+def full_tensor(x: Any) -> Any:
+    """Gather a DTensor, a collective on its mesh; return anything else unchanged."""
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def full_gradient(p: Tensor) -> Tensor | None:
     """Return p.grad, or None. A DTensor is gathered: a collective, even if only other ranks have a gradient."""
-    if not is_sharded(p):
-        return p.grad
-    full = full_tensor(torch.zeros_like(p) if p.grad is None else p.grad)
+    full: Tensor = full_tensor(torch.zeros_like(p) if p.grad is None and is_sharded(p) else p.grad)
     return None if p.grad is None else full
 
 

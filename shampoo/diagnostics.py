@@ -30,12 +30,12 @@ Figures = dict[str, float]
 
 def weights(optimizer: AdamWShampoo) -> list[Tensor]:
     """Return a copy of each parameter, in the order of the optimizer's groups."""
-    return [p.detach().clone() for p in optimizer._params()]
+    return [p.detach().clone() for p in optimizer._names()]
 
 
 @torch.no_grad()
 def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> dict[str, Figures]:
-    """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." without names.
+    """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." with its index among all.
 
     These are `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. The key
     "optimizer" has `steps`, the largest step count of the groups, which checkpoints restore, and `steps_skipped` and
@@ -45,7 +45,7 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     shapes are not those of the parameters. On multiple ranks, each rank reports the parameters of which it owns a block, with
     factor metrics of its own blocks only. DTensors are gathered: with them, all ranks must call this.
     """
-    params = optimizer._params()
+    params = list(optimizer._names())
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
         raise ValueError(
             f"before holds tensors of shapes {[tuple(W.shape) for W in before]}; it must hold a copy of each of the "
@@ -64,14 +64,9 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]
     rescued = sum(number for what, number in optimizer.events.items() if what.startswith("roots"))
     counts = {"steps": steps, "steps_skipped": skipped, "roots_rescued": rescued}
-    return {"optimizer": counts} | {name: figures[p] for name, p in zip(names(optimizer), params, strict=True) if p in figures}
-
-
-def names(optimizer: AdamWShampoo) -> list[str]:
-    """Return the name of each parameter; without names, "parameter I of shape ...", with its index among all parameters."""
     given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-    everything = {"params": optimizer._params()}
-    return given or [parameter_name(everything, i) for i in range(len(everything["params"]))]
+    names = given or [parameter_name({"params": params}, i) for i in range(len(params))]
+    return {"optimizer": counts} | {name: figures[p] for name, p in zip(names, params, strict=True) if p in figures}
 
 
 def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
@@ -132,17 +127,16 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
                 of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
                 fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
                 found[param].append((*of_block, is_missing(applied), fits))
-    columns = {param: torch.tensor(rows, dtype=torch.float64).unbind(dim=1) for param, rows in found.items()}
-    return {
-        param: {
-            "condition": condition.max().item(),
-            "effective_rank": rank.min().item(),
-            "roots_missing": missing.mean().item(),
-        }
-        | ({} if group["preconditioner"] == "soap" else {"root_residual": residual.max().item()})
-        | ({} if fits.isnan().all() else {"bases_fit": fits.mean().item()})
-        for param, (condition, rank, residual, missing, fits) in columns.items()
-    }
+    figures = {}
+    for param, rows in found.items():
+        condition, rank, residual, missing, fit = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
+        of_param = {"condition": condition.max(), "effective_rank": rank.min(), "roots_missing": missing.mean()}
+        if group["preconditioner"] != "soap":
+            of_param["root_residual"] = residual.max()
+        if not fit.isnan().all():
+            of_param["bases_fit"] = fit.mean()
+        figures[param] = {name: x.item() for name, x in of_param.items()}
+    return figures
 
 
 def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float]:

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from .blocks import cut, merge_dims
+from .blocks import Shape, cut, merge_dims
 
 if TYPE_CHECKING:  # `group` imports this module by way of `preconditioner`
     from .group import Options
-
-Shape = tuple[int, ...]
 
 
 def merged_shape(shape: Shape, options: "Options") -> Shape:

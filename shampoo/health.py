@@ -54,9 +54,8 @@ class Health:
         self.events: Counter[str] = Counter()
         self.limit, self.consecutive = limit, 0
         self.weighed = False  # whether `weigh` was called
-        self.norms: list[
-            tuple[Sequence[Tensor], Callable[[], Any]]
-        ] = []  # of a step not counted yet: parameters, gradient norms
+        # Of a step not counted yet: parameters, and what returns the norms of their gradients
+        self.norms: list[tuple[Sequence[Tensor], Callable[[], Any]]] = []
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
         """Compute the norms of all gradients, for `count`; return a scalar bool tensor, True if all norms are finite.

@@ -22,11 +22,6 @@ NOT_NEEDED = {
     "capturable": "step counts are on the host",
     "differentiable": "weights are updated in place",
 }
-# Options that determine which state there is. If one changes, state is rebuilt from what fits.
-STRUCTURAL = (
-    "block_size", "merge_dims", "max_dim", "precondition_vectors", "preconditioner", "covariance", "max_factor_ratio",
-    "exponents", "exponent_multiplier", "grafting", "solver", "bf16_roots",
-)  # fmt: skip
 
 
 def plain(x: Any) -> Any:
@@ -64,8 +59,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
             if params[p] > 1:
                 raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
         own = cast(Options, group)
-        shapes = [tuple(p.shape) for p in group["params"] if not is_lazy(p)]
-        exponents = {each for shape in shapes for each in parameter_exponents(shape, own)}
+        exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), own)}
         PRECONDITIONERS[group["preconditioner"]].check(own, exponents)
 
 
@@ -84,11 +78,10 @@ def check_names(group: Mapping[str, Any]) -> None:
 
 def is_one_edit(a: str, b: str) -> bool:
     """Return whether a becomes b by inserting, deleting, or replacing one character, or by swapping two adjacent ones."""
-    shorter, longer = sorted((a, b), key=len)
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(shorter))
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     rest, other = a[same:], b[same:]
     swapped = rest[:2] == other[:2][::-1] and rest[2:] == other[2:]
-    return len(longer) <= len(shorter) + 1 and (rest[1:] == other[1:] or shorter[same:] == longer[same + 1 :] or swapped)
+    return swapped or rest[1:] in (other, other[1:]) or rest == other[1:]
 
 
 def parameter_name(group: Mapping[str, Any], i: int) -> str:

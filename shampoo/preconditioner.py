@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # `group` needs PRECONDITIONERS
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
 COVARIANCES = ("gram", "kl")
 
+Rows = slice | list[int]  # an index of some blocks of a stack
+
 
 class Kronecker:
     """Shampoo's preconditioner: a factor A_d and its inverse root X_d, both (B, d_d, d_d), for each dimension d of the blocks.
@@ -28,8 +30,8 @@ class Kronecker:
 
     NAMES: tuple[str, ...] = ("factors", "inv_roots", "eigvecs")
     APPLIED = "inv_roots"  # the matrices that `direction` needs
+    PRODUCTS = 1  # of a block with each root or basis per step
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
-    SECOND_MOMENT = "exp_avg_sq"  # key of the grafting method's second moment
 
     def __init__(
         self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
@@ -73,47 +75,47 @@ class Kronecker:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
-        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero. V, the stack's second moment
-        (B, d1, ..., dk), does not change.
+        dtype could not give; see `roots.inverse_root`. Factors with NaN or Inf are reset to zero. V is the stack's second
+        moment (B, d1, ..., dk), for subclasses, which replace `solve`.
         """
-        rescued, solver = [], options["solver"]
-        own = {name: value for name, value in options.items() if name in SOLVERS[solver].options}
-        for d, A, rows, some in self.pieces(blocks):
-            X, Q = self.inv_roots[d], self.eigvecs[d]
-            assert X is not None
-            basis = Q[rows] if Q is not None else None
-            roots, causes = inverse_root(
-                A[rows], bc2[rows] if isinstance(bc2, Tensor) else bc2, self.exponents[d], options["eps"], X[rows], basis,
-                relative_eps=options["relative_eps"], solver=solver, **own,
-            )  # fmt: skip
-            limit = torch.finfo(X.dtype).max
-            X[rows] = roots.clamp(-limit, limit).to(X.dtype)
-            if Q is not None and basis is not None:
-                Q[rows] = basis
-            rescued += self.reset(A, some, causes)
-        self.rootless.difference_update(blocks)
-        return rescued
-
-    def apply_others(self, G: Tensor, d: int) -> Tensor:
-        """Return G contracted with the roots of all dimensions but d >= 1; those of blocks without roots are the identity."""
-        others = [X if e != d else None for e, X in enumerate(self.inv_roots, start=1)]
-        return contract(G, [with_identity(X, self.rootless) if self.rootless else X for X in others])
-
-    def pieces(self, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor, slice | list[int], Sequence[int]]]:
-        """Yield (dimension from 0, its factors, an index of a few blocks, these blocks) until all are done."""
+        rescued = []
         for d, A in enumerate(self.factors):
             if A is None:
                 continue
             few = max(1, SOLVER_CHUNK // A[0].numel())
             for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
-                yield d, A, slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some), some  # a slice is a view
+                rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice is a view
+                causes = self.solve(d, A[rows], rows, bc2[rows] if isinstance(bc2, Tensor) else bc2, options, V)
+                for b in {some[i] for i in causes if not A[some[i]].isfinite().all()}:
+                    A[b] = 0
+                rescued += [(some[i], cause) for i, cause in causes.items()]
+        self.rootless.difference_update(blocks)
+        return rescued
 
-    @staticmethod
-    def reset(A: Tensor, some: Sequence[int], causes: dict[int, str]) -> list[tuple[int, str]]:
-        """Set those of the factors with a cause that hold NaN or Inf to zero; return (block, cause) for each cause."""
-        for b in {some[i] for i in causes if not A[some[i]].isfinite().all()}:
-            A[b] = 0
-        return [(some[i], cause) for i, cause in causes.items()]
+    def solve(self, d: int, A: Tensor, rows: Rows, bc2: float | Tensor, options: "Options", V: Tensor | None) -> dict[int, str]:
+        """Set the roots of dimension d (from 0) of these rows from their factors A; return notes, as `roots.inverse_root`."""
+        own = {name: value for name, value in options.items() if name in SOLVERS[options["solver"]].options}
+        X, Q = self.inv_roots[d], self.eigvecs[d]
+        assert X is not None
+        basis = None if Q is None else Q[rows]
+        roots, causes = inverse_root(
+            A, bc2, self.exponents[d], options["eps"], X[rows], basis, relative_eps=options["relative_eps"],
+            solver=options["solver"], **own,
+        )  # fmt: skip
+        limit = torch.finfo(X.dtype).max
+        X[rows] = roots.clamp(-limit, limit).to(X.dtype)
+        if Q is not None and basis is not None:
+            Q[rows] = basis
+        return causes
+
+    def apply_others(self, G: Tensor, d: int) -> Tensor:
+        """Return G contracted with the roots of all dimensions but d >= 1; those of blocks without roots are the identity."""
+        if len(self.rootless) == len(G):
+            return G
+        P = contract(G, [X if e != d else None for e, X in enumerate(self.inv_roots, start=1)])
+        if self.rootless:
+            P[sorted(self.rootless)] = G[sorted(self.rootless)]
+        return P
 
     def find_rootless(self) -> None:
         """Set `rootless` to the blocks whose roots are all zero. Call it after loading."""
@@ -137,17 +139,18 @@ class Kronecker:
         for name in self.NAMES:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
-    @staticmethod
-    def cost(block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
+    @classmethod
+    def cost(cls, block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
         """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
-        For each factor of size d: 2 n d to apply its root, 2 n d / factor_frequency to update it, and about
-        25 d^3 / precondition_frequency to refresh its root. With covariance "kl", each update of another factor applies it too.
+        For each factor of size d: 2 n d for each of the PRODUCTS with its root or basis, 2 n d / factor_frequency to update it,
+        and about 25 d^3 / precondition_frequency to refresh its root. With covariance "kl", each update of another factor
+        applies it too.
         """
         sizes = [d for d, p in zip(block, exponents, strict=True) if p]
         products = len(sizes) if options["covariance"] == "kl" else 1  # per update
         updates, refreshes = products / options["factor_frequency"], 1 / options["precondition_frequency"]
-        return sum(2 * prod(block) * d * (1 + updates) + 25 * d**3 * refreshes for d in sizes)
+        return sum(2 * prod(block) * d * (cls.PRODUCTS + updates) + 25 * d**3 * refreshes for d in sizes)
 
     @classmethod
     def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
@@ -171,8 +174,8 @@ class Eigenbasis(Kronecker):
 
     NAMES = ("factors", "eigvecs")
     APPLIED = "eigvecs"
+    PRODUCTS = 3  # to rotate the gradient and its average, and the step back
     ROTATES = True
-    SECOND_MOMENT = "rotated_exp_avg_sq"
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
         "solver": one_of("eigh", "qr"),
@@ -182,25 +185,19 @@ class Eigenbasis(Kronecker):
         "bf16_roots": one_of(False),
     }
 
-    def refresh(
-        self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None
-    ) -> list[tuple[int, str]]:
-        """Bring the bases of these blocks up to date with their factors; see `roots.update_basis`.
+    def solve(self, d: int, A: Tensor, rows: Rows, bc2: float | Tensor, options: "Options", V: Tensor | None) -> dict[int, str]:
+        """Bring the bases of dimension d (from 0) of these rows up to date with their factors A; see `roots.update_basis`.
 
         Where columns of a basis change places, so do the elements of the second moment V (B, d1, ..., dk), in place.
         """
-        rescued = []
-        for d, A, rows, some in self.pieces(blocks):
-            Q = self.eigvecs[d]
-            assert Q is not None
-            assert V is not None
-            Q[rows], order, causes = update_basis(A[rows], Q[rows], options["solver"], options["qr_tolerance"])
-            if order is not None:
-                places = order.view(-1, *(order.shape[1] if e == d else 1 for e in range(len(self.factors))))
-                V[rows] = torch.take_along_dim(V[rows], places, dim=d + 1)
-            rescued += self.reset(A, some, causes)
-        self.rootless.difference_update(blocks)
-        return rescued
+        Q = self.eigvecs[d]
+        assert Q is not None
+        assert V is not None
+        Q[rows], order, causes = update_basis(A, Q[rows], options["solver"], options["qr_tolerance"])
+        if order is not None:
+            places = order.view(-1, *(order.shape[1] if e == d else 1 for e in range(len(self.factors))))
+            V[rows] = torch.take_along_dim(V[rows], places, dim=d + 1)
+        return causes
 
     def rotate(self, G: Tensor) -> Tensor:
         """Return G (B, d1, ..., dk) contracted with Q_d along each dimension d; for matrices, Q_1^T G Q_2."""
@@ -210,12 +207,6 @@ class Eigenbasis(Kronecker):
         """Return the step A in the eigenbases contracted with Q_d^T along each dimension d; for matrices, Q_1 A Q_2^T."""
         return contract(A, [Q if Q is None else Q.mT for Q in self.eigvecs])
 
-    @staticmethod
-    def cost(block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
-        """Return the floating-point operations per step, as for Kronecker, but with 6 n d to apply each basis of size d."""
-        n, sizes = prod(block), [d for d, p in zip(block, exponents, strict=True) if p]
-        return Kronecker.cost(block, exponents, options) + sum(4 * n * d for d in sizes)
-
     @classmethod
     def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
         """Raise ValueError for an option that preconditioner "soap" is not defined for."""
@@ -224,15 +215,6 @@ class Eigenbasis(Kronecker):
 
 
 PRECONDITIONERS: dict[str, type[Kronecker]] = {"shampoo": Kronecker, "soap": Eigenbasis}
-
-
-def with_identity(X: Tensor | None, blocks: Collection[int]) -> Tensor | None:
-    """Return X (B, d, d) with the identity for these blocks, or None if these are all."""
-    if X is None or len(blocks) == len(X):
-        return None
-    X = X.clone()
-    X[sorted(blocks)] = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    return X
 
 
 def unfold(G: Tensor, d: int) -> Tensor:

@@ -4,8 +4,7 @@ Each rank computes the directions of the blocks that it owns. One all-gather sen
 applies them to its weights. `assignment` decides which rank owns which block.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import compress, zip_longest
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .copies import attempt
 from .health import copy_to_host
 from .state import Bucket
 
@@ -55,35 +55,28 @@ def find_ranks(process_group: Any) -> Ranks:
     return Ranks(process_group, process_group.rank(), process_group.size()) if process_group.size() > 1 else ALONE
 
 
-def agree(ranks: Ranks, description: Sequence[str], error: Exception | None) -> None:
-    """Raise on all ranks unless all have the same description and no error. A collective.
+def agree(ranks: Ranks, act: Callable[..., Any], *arguments: Any, describe: Callable[[Any], list[str]] = lambda _: []) -> Any:
+    """Return act(*arguments) if no rank fails and all ranks' results have the same description, lines of text. A collective.
 
     Raises this rank's own error; else RuntimeError with another rank's error; else ValueError with the first line of the
     descriptions that differs.
     """
+    result, error = attempt(act, *arguments)
     if ranks.size > 1:
-        digest = hashlib.sha256("\n".join(description).encode()).hexdigest()
         seen: list[Any] = [None] * ranks.size
-        dist.all_gather_object(seen, (digest, error and repr(error)), ranks.group)
-        if error is None and (failed := [(r, text) for r, (_, text) in enumerate(seen) if text]):
-            raise RuntimeError(f"rank {failed[0][0]} failed: {failed[0][1]}")
-        if not any(text for _, text in seen) and len({digest for digest, _ in seen}) > 1:
-            everything: list[Any] = [None] * ranks.size
-            dist.all_gather_object(everything, list(description), ranks.group)
-            raise ValueError(first_difference(everything))
+        dist.all_gather_object(seen, (error and repr(error), describe(result) if error is None else []), ranks.group)
+        failed = [f"rank {r} failed: {text}" for r, (text, _) in enumerate(seen) if text]
+        if error is None and failed:
+            raise RuntimeError(failed[0])
+        for line in zip_longest(*(lines for _, lines in seen if not failed), fillvalue="nothing"):
+            if other := next((r for r, text in enumerate(line) if text != line[0]), None):
+                raise ValueError(
+                    "all ranks must have the same parameters, weights, options, and arguments; "
+                    f"rank 0 has {line[0]} where rank {other} has {line[other]}"
+                )
     if error is not None:
         raise error
-
-
-def first_difference(descriptions: list[list[str]]) -> str:
-    """Return an error message with the first line in which the ranks' descriptions differ."""
-    lines = zip_longest(*descriptions, fillvalue="nothing")
-    differing = next(line for line in lines if len(set(line)) > 1)
-    other = next(r for r, text in enumerate(differing) if text != differing[0])
-    return (
-        "all ranks must have the same parameters, weights, options, and arguments; "
-        f"rank 0 has {differing[0]} where rank {other} has {differing[other]}"
-    )
+    return result
 
 
 class Exchange:

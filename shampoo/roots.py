@@ -57,7 +57,7 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
-    order = torch.arange(A.shape[-1], device=A.device).expand(len(A), -1)
+    order = torch.arange(A.shape[-1], device=A.device).repeat(len(A), 1)
     square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
     turns = square - lam.square().sum(dim=1) > tolerance**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
@@ -65,7 +65,6 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         lam[first], Q[first] = descending_eigh(A[first])
         turns = turns & ~first
     if turns.any():
-        order = order.clone()
         order[turns] = lam[turns].argsort(dim=1, descending=True)
         basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
         Q[turns], lam[turns] = basis, (basis * (A[turns] @ basis)).sum(dim=1)
@@ -142,6 +141,7 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(allowed)
 
 
+@full_precision()
 def inverse_root(
     A: Tensor,
     c: float | Tensor,
@@ -170,18 +170,15 @@ def inverse_root(
     if relative_eps:
         trace = s * matrices.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
         shift = shift.where(trace <= 0, eps * trace)
-    with full_precision():
-        try:
-            _finite(s)
-            return _finite(SOLVERS[solver].solve(matrices, s, p, shift, Q, **options)), {}
-        except LinAlgError:
-            if Q is not None:
-                Q.zero_()  # it may hold NaN; the next call starts from `eigh`
-        alone = [slice(b, b + 1) for b in range(len(A))]
-        rescued = [_rescue(matrices[b], partial(_root, s=s[b], p=p, eps=shift[b]), previous[b]) for b in alone]
-    return torch.cat([X for X, _ in rescued]), {b: cause for b, (_, cause) in enumerate(rescued) if cause}
+    try:
+        return _finite(SOLVERS[solver].solve(matrices, _finite(s), p, shift, Q, **options)), {}
+    except LinAlgError:
+        if Q is not None:
+            Q.zero_()  # it may hold NaN; the next call starts from `eigh`
+        return _one_by_one(matrices, lambda X, b: eigh(X, s[b].to(X.dtype), p, shift[b].to(X.dtype)), previous)
 
 
+@full_precision()
 def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor | None, dict[int, str]]:
     """Return orthogonal bases of eigenvectors of A (B, d, d), columns in descending order of their eigenvalues.
 
@@ -191,17 +188,15 @@ def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> 
     """
     s = _scales(A, 1.0, torch.finfo(A.dtype).tiny)
     matrices, Q = A / s.unsqueeze(2), previous.clone()
-    with full_precision():
-        try:
-            _finite(s)
-            if solver == "qr":
-                order = turn(matrices, Q, tolerance)[1]
-                return _finite(Q), order, {}
-            return _finite(_basis(matrices)), None, {}
-        except LinAlgError:
-            alone = [slice(b, b + 1) for b in range(len(A))]
-        rescued = [_rescue(matrices[b], _basis, previous[b]) for b in alone]
-    return torch.cat([Q for Q, _ in rescued]), None, {b: cause for b, (_, cause) in enumerate(rescued) if cause}
+    try:
+        _finite(s)
+        if solver == "qr":
+            order = turn(matrices, Q, tolerance)[1]
+            return _finite(Q), order, {}
+        return _finite(descending_eigh(matrices)[1]), None, {}
+    except LinAlgError:
+        Q, notes = _one_by_one(matrices, lambda X, b: descending_eigh(X)[1], previous)
+        return Q, None, notes
 
 
 def _scales(A: Tensor, c: float | Tensor, eps: float) -> Tensor:
@@ -216,14 +211,11 @@ def _finite(X: Tensor) -> Tensor:
     return X
 
 
-def _root(A: Tensor, s: Tensor, p: float, eps: Tensor) -> Tensor:
-    """Return `eigh` in A's dtype."""
-    return eigh(A, s.to(A.dtype), p, eps.to(A.dtype))
-
-
-def _basis(A: Tensor) -> Tensor:
-    """Return the eigenvectors of `descending_eigh`."""
-    return descending_eigh(A)[1]
+def _one_by_one(A: Tensor, compute: Callable[..., Tensor], previous: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Return compute(A[b], b) for each slice b of one matrix, or what stands in for it, and notes; see `_rescue`."""
+    slices = [slice(b, b + 1) for b in range(len(A))]
+    found = [_rescue(A[b], partial(compute, b=b), previous[b]) for b in slices]
+    return torch.cat([X for X, _ in found]), {b: note for b, (_, note) in enumerate(found) if note}
 
 
 def _rescue(A: Tensor, compute: Callable[[Tensor], Tensor], previous: Tensor) -> tuple[Tensor, str]:

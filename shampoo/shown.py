@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checkpoint import pieces, place
+from .checkpoint import Entries, counts, pieces, place
 from .copies import copy
-from .group import Group
-from .options import STRUCTURAL
+from .group import STRUCTURAL, Group, marked
 from .state import Bucket, is_own, read_steps
 
-Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter
+Gathered = Callable[[], Entries] | None  # returns the state of all parameters; None on a rank that has only a part of it
+STRUCTURE = marked(STRUCTURAL)
 
 
 class State(defaultdict[Any, Any]):
-    """`optimizer.state`: a dictionary that calls `look`, if set, before an entry is read."""
+    """`optimizer.state`: a dictionary that calls `look` before an entry is read."""
 
-    look: Callable[[], None] | None = None
+    look: Callable[[], None] = staticmethod(lambda: None)
 
 
 def _looking(name: str) -> Callable[..., Any]:
@@ -31,8 +31,7 @@ def _looking(name: str) -> Callable[..., Any]:
 
     def call(state: State, *arguments: Any, **named: Any) -> Any:
         """Call `look`, then the method."""
-        if state.look is not None:
-            state.look()
+        state.look()
         return method(state, *arguments, **named)
 
     return call
@@ -46,18 +45,13 @@ for _name in (
 
 
 def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what determines the buckets: parameters, shapes, devices, dtypes, and STRUCTURAL options."""
+    """Return what determines the buckets: parameters, shapes, devices, dtypes, and structural options."""
     found: list[Any] = []
     for group in groups:
-        found += [id(group), *map(group.get, STRUCTURAL)]
+        found += [id(group), *map(group.get, STRUCTURE)]
         for p in group["params"]:
             found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
     return found
-
-
-def shares_memory(X: Tensor, Y: Tensor) -> bool:
-    """Return whether two tensors have the same storage."""
-    return X.untyped_storage().data_ptr() == Y.untyped_storage().data_ptr()
 
 
 class Shown:
@@ -68,21 +62,14 @@ class Shown:
     Args:
         groups: what the buckets were made for.
         state: `optimizer.state`; its dictionaries stay, with foreign keys.
-        gathered: returns the state of all parameters, or None if this rank has only a part of it, and shows `step` alone.
+        gathered: if None, `step` alone is shown.
         looked: whether the entries are filled at once. Tensors stay the same objects where they fit.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        groups: Sequence[Group],
-        state: dict[Any, Any],
-        gathered: Callable[[], Entries] | None,
-        looked: bool,
-    ):
+    def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
         self._buckets, self._signature, self.gathered = buckets, signature(groups), gathered
-        self.own: Entries = {}  # what is shown; empty until a user looks
-        self._pointers: dict[int, int] = {}  # where the data of each shown tensor was
+        # What is shown of each parameter, and its `data_ptr`; empty until a user looks
+        self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
         live = self.live() if looked else {}
         for bucket in buckets:
@@ -98,10 +85,7 @@ class Shown:
 
     def live(self) -> Entries:
         """Return each parameter's state; on multiple ranks, `step` alone unless it is gathered."""
-        if self.gathered is not None:
-            return self.gathered()
-        counts = {p: n for bucket in self._buckets for p, n in zip(bucket.params, bucket.steps, strict=True)}
-        return {p: {"step": torch.tensor(float(n))} for p, n in counts.items()}
+        return counts(self._buckets) if self.gathered is None else self.gathered()
 
     @torch.inference_mode(False)
     def look(self) -> None:
@@ -116,30 +100,15 @@ class Shown:
             cleared = own and not own.keys() & entry.keys()
             for key, X in state.items() if not cleared else ():
                 if key not in own and key not in entry:
-                    entry[key] = own[key] = X
-                    self._pointers[id(X)] = X.data_ptr()
-        self._find_copies()
-
-    def _find_copies(self) -> None:
-        """Find the pieces of state that are shown as copies, and their originals."""
-        self._originals: list[Tensor] = []
+                    entry[key], own[key] = X, (X, X.data_ptr())
+        self._originals: list[Tensor] = []  # the pieces of state that are shown as copies
         self._copies: list[Tensor] = []
         for bucket in self._buckets if self.own else ():
             for key, _, view, X in pieces(bucket):
-                shown = self.own[bucket.params[view.param]].get(key)
-                if shown is not None and not shares_memory(shown, X):
+                copied = self.own[bucket.params[view.param]].get(key)
+                if copied and copied[0].untyped_storage().data_ptr() != X.untyped_storage().data_ptr():
                     self._originals.append(X)
-                    self._copies.append(place(view, shown))
-
-    def show_instead(self, gathered: Callable[[], Entries] | None) -> None:
-        """Replace `gathered`, and what is shown of it; if it is None, `step` alone stays."""
-        self.gathered = gathered
-        stays = {"step"} if gathered is None else set()
-        for p, own in self.own.items():
-            for key in own.keys() - stays:
-                self._entries[p].pop(key, None)
-                del self._pointers[id(own.pop(key))]
-        self.show(self.live() if self.own and gathered else {})
+                    self._copies.append(place(view, copied[0]))
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
@@ -153,7 +122,7 @@ class Shown:
                 return True
             for p in bucket.params if self.own else ():
                 own, entry = self.own[p], self._entries[p]
-                if any(X.data_ptr() != self._pointers[id(X)] or entry.get(key) is not X for key, X in own.items()):
+                if any(X.data_ptr() != pointer or entry.get(key) is not X for key, (X, pointer) in own.items()):
                     return True
                 if any(is_own(bucket, key) for key in entry.keys() - own.keys()):
                     return True
@@ -162,19 +131,12 @@ class Shown:
     def read(self) -> None:
         """Copy into the live state what users changed in place."""
         for bucket in self._buckets if self.own else ():
-            bucket.steps = [read_steps(self.own[p]["step"], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
+            bucket.steps = [read_steps(self.own[p]["step"][0], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
         copy(self._originals, self._copies)
 
     def write(self) -> None:
         """Bring counts and copies up to date after a step."""
         for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
-                self.own[p]["step"].fill_(steps)
+                self.own[p]["step"][0].fill_(steps)
         copy(self._copies, self._originals)
-
-    def foreign(self, state: dict[Any, Any]) -> dict[Any, Any]:
-        """Return `optimizer.state` without the optimizer's own keys."""
-        return {
-            p: {key: x for key, x in entry.items() if key not in self.own.get(p, ())} if isinstance(entry, dict) else entry
-            for p, entry in dict.items(state)
-        }

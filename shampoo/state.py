@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -25,7 +24,7 @@ class Bucket:
     """Parameters of one group with the same device, state dtype, and `factored`, and one rank's part of their state.
 
     Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters of which no block has
-    factors are not `factored`: they have no preconditioners. The grafting method alone updates blocks without factors.
+    factors are not `factored`: their preconditioners are empty. The grafting method alone updates blocks without factors.
     """
 
     group: Group
@@ -44,13 +43,12 @@ class Bucket:
         self.exp_avg = self.zeros() if group["betas"][0] else None
         self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
-        make = partial(kind, options=group, dtype=self.dtype, device=self.device)
-        stacks = self.layout.stacks if self.factored else ()
         self.preconditioners = [
-            make(stack, each or (0.0,) * (len(stack) - 1)) for stack, each in zip(stacks, exponents, strict=False)
+            kind(stack, each or (0.0,) * (len(stack) - 1), group, self.dtype, self.device)
+            for stack, each in zip(self.layout.stacks, exponents, strict=True)
         ]
         self.rotates = self.factored and kind.ROTATES
-        self.second_moment = kind.SECOND_MOMENT if self.factored else "exp_avg_sq"  # its key
+        self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
         self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
@@ -72,8 +70,8 @@ def moments(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
 
 def tensors(bucket: Bucket) -> list[Tensor]:
     """Return all state tensors of a bucket, in the same order for equal options and layouts."""
-    matrices = chain.from_iterable(each.tensors() for each in bucket.preconditioners)
-    return [flat for _, flat in moments(bucket)] + [X for _, _, X in matrices]
+    matrices = [X for preconditioner in bucket.preconditioners for _, _, X in preconditioner.tensors()]
+    return [flat for _, flat in moments(bucket)] + matrices
 
 
 def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Bucket]:

@@ -142,7 +142,7 @@ def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None
     found: dict[int, Sequence[int]] = {}
     for i, preconditioner in enumerate(bucket.preconditioners):
         blocks = due[i] if due else ()
-        if preconditioner.rootless and (blocks or t >= start):
+        if preconditioner.rootless:
             late = preconditioner.rootless if t >= start else ()
             started = [b for b in sorted({*blocks, *late}) if bucket.steps[layout.params[i][b]]]
             blocks = started if len(started) < layout.stacks[i][0] else range(len(started))
