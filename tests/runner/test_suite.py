@@ -116,6 +116,13 @@ def test_scores_are_those_of_medians_and_of_single_studies():
 # Comparison
 
 
+def test_other_work_on_the_machine_does_not_count_as_training_time():
+    table = pd.DataFrame(
+        {"submission": ["a", "a", "b"], "workload": "w", "seconds": [10.0, 30.0, 8.0], "steps": [100, 150, 40]}
+    )
+    assert page.fastest(table).to_dict() == {("a", "w"): 0.1, ("b", "w"): 0.2}
+
+
 def test_a_comparison_prints_ratios_of_variants_and_files(tmp_path):
     base = space(tmp_path, 0.1)
     output = call(
