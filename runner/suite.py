@@ -19,7 +19,7 @@ RUNNER = Path(__file__).parent
 OURS = f"shampoo={RUNNER.parent / 'submission.py'}:{RUNNER / 'tuning_search_space.json'}"
 BASELINES = sorted(str(path) for path in RUNNER.glob("baselines/*/submission.py"))
 NUM_POINTS = 5
-QUICK = ["mnist_unet", "mnist_vit", "solubility_gnn"], 2  # workloads, points
+QUICK = ["flights_dlrm", "mnist_unet", "solubility_gnn"], 2  # workloads, points
 REFERENCE = "nadamw"
 
 FLAGS = flags.FLAGS
