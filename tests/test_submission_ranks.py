@@ -9,15 +9,17 @@ from torch import nn
 pytestmark = pytest.mark.slow
 
 
-def submitted(rank, size, wrapped):
-    """Take six steps on this rank's part of each batch, with the model in DDP or bare. Return the weights."""
-    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3)
+def submitted(rank, size, wrapped, averaging=False):
+    """Take six steps on this rank's part of each batch, with the model in DDP or bare. Return the weights to evaluate."""
+    workload, point = FakeWorkload(), as_point(precondition_frequency=2, epsilon=1e-3, averaging=averaging)
     workload.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
     model = nn.parallel.DistributedDataParallel(workload.model) if wrapped else workload.model
     state = start(workload, point, model)
     for t in range(6):
         part = {key: x.chunk(size)[rank] for key, x in workload.batch(t).items()}
         step(workload, state, point, part, t, model)
+        if t % 2:
+            evaluate(workload, state, point)
     return [p.detach().clone() for p in workload.model.parameters()]
 
 
@@ -41,12 +43,13 @@ def saved_state(rank, size):
     return found
 
 
+@pytest.mark.parametrize("averaging", [False, True])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_ranks_take_the_step_of_the_full_batch(pools, wrapped):
+def test_ranks_take_the_step_of_the_full_batch(pools, wrapped, averaging):
     """All padding is on rank 1, so a mean of per-rank means would differ. AlgoPerf resumes with a bare model."""
-    weights = pools(2).run(submitted, wrapped=wrapped)
+    weights = pools(2).run(submitted, wrapped=wrapped, averaging=averaging)
     assert all(map(torch.equal, *weights))
-    torch.testing.assert_close(weights[0], submitted(0, 1, False), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights[0], submitted(0, 1, False, averaging), rtol=0, atol=1e-5)
 
 
 def test_state_is_gathered_only_for_checkpoints_and_is_not_resumable_otherwise(pools):
