@@ -252,7 +252,7 @@ def test_muon_takes_convolutions_as_matrices(shape):
         for _ in range(5):
             A = X @ X.mT
             X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
-        change = -0.004 * (0.2 * max(W.shape) ** 0.5 * X + 0.1 * before.double().flatten(1))
+        change = -point.learning_rate * (0.2 * max(W.shape) ** 0.5 * X + 0.1 * before.double().flatten(1))
         error = (weights(workload)[0] - before).double().flatten(1) - change
         assert error.norm() < 0.04 * change.norm()
 
