@@ -108,9 +108,8 @@ def update_params(
 ) -> spec.UpdateReturn:
     """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError like `take_step`."""
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
-    averages = optimizer_state.get("averages")
-    if averages is not None:
-        averages.train()
+    if "averages" in optimizer_state:
+        optimizer_state["averages"].train()
     model.train()
     optimizer.zero_grad(set_to_none=True)
     logits, model_state = workload.model_fn(
@@ -143,8 +142,8 @@ def update_params(
         workload.metrics_logger.append_scalar_metrics(metrics, global_step)
     take_step(optimizer, global_step)
     scheduler.step()
-    if averages is not None:
-        averages.update()
+    if "averages" in optimizer_state:
+        optimizer_state["averages"].update()
     return optimizer_state, model, model_state
 
 

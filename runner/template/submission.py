@@ -15,6 +15,7 @@ class YourOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """W <- W - lr (sign(M) + weight_decay W) with M <- beta M + (1 - beta) G."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
