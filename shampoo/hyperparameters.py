@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .group import OPTIONS
+from .roots import QR_TOLERANCE
 from .rules import BOOL, Rule, check_value, integer, one_of, real
 from .schedule import SCHEDULES, TAILS
 
@@ -14,8 +15,14 @@ SAME = (
 )  # fmt: skip
 SAME_OPTIONAL = (
     "exponents", "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
-    "preconditioner", "covariance", "max_factor_ratio", "unfactored_beta2", "cautious_decay",
+    "preconditioner", "covariance", "max_factor_ratio", "grafting_beta2", "unfactored_beta2", "cautious_decay",
 )  # fmt: skip
+COMPETITION: dict[str, Any] = {  # the options that the competition's points leave out, at the values that they had there
+    "decoupled_weight_decay": True, "cautious_decay": False, "maximize": False, "bias_correction": True, "merge_dims": True,
+    "max_dim": 1_000_000, "factor_frequency": 1, "preconditioner": "shampoo", "covariance": "gram", "max_factor_ratio": None,
+    "grafting_beta2": None, "unfactored_beta2": None, "relative_eps": False, "solver": "eigh", "qr_tolerance": QR_TOLERANCE,
+    "stagger": False, "precondition_vectors": True, "bf16_roots": False,
+}  # fmt: skip
 
 POINT: dict[str, Rule] = {
     "learning_rate": real(0, above=True),
@@ -54,10 +61,11 @@ def check_point(point: Mapping[str, Any]) -> None:
 
 
 def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of AdamWShampoo for a point. Raises ValueError as `check_point` does."""
+    """Return all options of AdamWShampoo for a point, independent of its defaults. Raises ValueError as `check_point` does."""
     check_point(point)
     same = {name: point[name] for name in OPTIONS.keys() & point.keys()}
     return {
+        **COMPETITION,
         "lr": point["learning_rate"],
         "betas": (1 - point["one_minus_beta1"], 1 - point["one_minus_beta2"]),
         "eps": point["epsilon"],

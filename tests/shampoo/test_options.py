@@ -1,6 +1,8 @@
 """The options stand in a signature, a typed dict, and a table of rules: the same ones, with defaults that the rules allow."""
 
 import inspect
+import json
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from shampoo import AdamWShampoo
 from shampoo.group import Group, Options
+from shampoo.hyperparameters import optimizer_options
 from shampoo.options import OPTIONS
 from shampoo.roots import SOLVERS
 
@@ -30,3 +33,8 @@ def test_a_parameter_group_has_what_its_type_says():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_options_of_a_solver_are_options(name):
     assert set(SOLVERS[name].options) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("point", json.loads((Path(__file__).parents[2] / "tuning_search_space.json").read_text()))
+def test_a_point_sets_every_option_so_that_defaults_do_not_matter(point):
+    assert optimizer_options(point).keys() == OPTIONS.keys()
