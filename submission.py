@@ -80,7 +80,7 @@ def init_optimizer_state(
 
     Raise ValueError for an invalid or missing hyperparameter.
     """
-    options = optimizer_options(hyperparameters._asdict())
+    options = optimizer_options(hyperparameters._asdict(), workload.step_hint)
     optimizer = Shampoo(model_params.parameters(), **options)
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
     warmup_steps = int(hyperparameters.warmup_factor * num_steps)
