@@ -1,9 +1,14 @@
-"""AdamW-style Shampoo as an AlgoPerf submission for the external tuning ruleset.
+"""AdamW-style Shampoo as an AlgoPerf submission for both tuning rulesets.
 
-AlgoPerf calls the functions below. The optimizer is in `shampoo/`, and the hyperparameters are in `tuning_search_space.json`.
+AlgoPerf calls the functions below. The optimizer is in `shampoo/`. Hyperparameters come from a search space, such as
+`tuning_search_space.json`; the self-tuning ruleset has none, and `self_tuning.json` stands in for it.
 """
 
+import functools
+import json
+from collections import namedtuple
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +74,13 @@ def get_batch_size(workload_name: str) -> int:
     return BATCH_SIZES[workload_name]
 
 
+@functools.cache
+def self_tuning_point() -> spec.Hyperparameters:
+    """Return the only point of `self_tuning.json`."""
+    (point,) = json.loads(Path(__file__).with_name("self_tuning.json").read_text())
+    return namedtuple("Hyperparameters", point)(**point)
+
+
 def init_optimizer_state(
     workload: spec.Workload,
     model_params: spec.ParameterContainer,
@@ -80,6 +92,7 @@ def init_optimizer_state(
 
     Raise ValueError for an invalid or missing hyperparameter.
     """
+    hyperparameters = hyperparameters or self_tuning_point()
     options = optimizer_options(hyperparameters._asdict(), workload.step_hint)
     optimizer = Shampoo(model_params.parameters(), **options)
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
@@ -107,6 +120,7 @@ def update_params(
     train_state: dict[str, Any] | None = None,
 ) -> spec.UpdateReturn:
     """Compute the loss and gradients of the batch, and update the weights. Raise TrainingCompleteError like `take_step`."""
+    hyperparameters = hyperparameters or self_tuning_point()
     model, optimizer, scheduler = current_param_container, optimizer_state["optimizer"], optimizer_state["scheduler"]
     if "averages" in optimizer_state:
         optimizer_state["averages"].train()

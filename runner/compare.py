@@ -44,7 +44,7 @@ def parse_variant(text: str, base: Entry) -> Entry:
     if not name or not changes.startswith("{"):
         return parse_entry(text, 1)
     try:
-        return Entry(name, base.path, ({**base.points[0], **json.loads(changes)},))
+        return Entry(name, base.path, ({**(base.points[0] or {}), **json.loads(changes)},))
     except ValueError as error:
         raise ValueError(f'{text!r} is not a variant: {error}; it must be NAME={{"hyperparameter": value, ...}}') from error
 
@@ -55,7 +55,7 @@ def with_ladder(entry: Entry, ladder: Sequence[float]) -> Entry:
     Raise ValueError if the point has no learning rate.
     """
     point = entry.points[0]
-    if "learning_rate" not in point:
+    if point is None or "learning_rate" not in point:
         raise ValueError(f"the first point of {entry.name} has no learning_rate; it must have one to build a ladder from")
     return entry._replace(points=tuple({**point, "learning_rate": point["learning_rate"] * factor} for factor in ladder))
 
@@ -75,7 +75,7 @@ def rates(table: pd.DataFrame, entries: Sequence[Entry], workloads: Sequence[str
     """Return the best learning rate of each entry on each workload as text; a rate at an end of its ladder ends in "*"."""
     columns: dict[str, dict[str, Any]] = {entry.name: {} for entry in entries}
     for entry in entries:
-        ladder = sorted(point["learning_rate"] for point in entry.points)
+        ladder = sorted(point["learning_rate"] for point in entry.points if point)
         for workload in workloads:
             trial = best_trial(table, entry, workload)
             if trial is not None:

@@ -40,9 +40,10 @@ from .submissions import known_batch_size, load_submission
 from .workloads import load_workload, short_name, workload_class
 
 EVAL_EVERY = 10  # steps
+SELF = "self"  # in place of a search space
 SELECTION_SEEDS, FIRST_SEED = (1001, 1002), 101
 
-Point = dict[str, Any]  # hyperparameters
+Point = dict[str, Any] | None  # hyperparameters; None for a submission that tunes itself
 
 
 class Entry(NamedTuple):
@@ -67,8 +68,9 @@ TYPES = {"submission": str, "workload": str, "point": str, "seed": int, "curve":
 
 
 def parse_entry(text: str, num_points: int) -> Entry:
-    """Parse [NAME=]PATH[:SEARCH_SPACE]. The default name is that of the file's folder; the default search space is
-    tuning_search_space.json in that folder.
+    """Parse [NAME=]PATH[:SEARCH_SPACE or :self]. The default name is that of the file's folder; the default search space is
+    tuning_search_space.json in that folder. "self" stands for AlgoPerf's self-tuning ruleset: the only
+    point is None.
 
     Raise ValueError for a file that does not exist, or a search space with fewer than `num_points` points.
     """
@@ -78,9 +80,11 @@ def parse_entry(text: str, num_points: int) -> Entry:
     path, _, space = paths.partition(":")
     submission = Path(path).expanduser().resolve()
     search_space = Path(space).expanduser().resolve() if space else submission.with_name("tuning_search_space.json")
-    for file in (submission, search_space):
+    for file in (submission, search_space)[: 1 if space == SELF else 2]:
         if not file.is_file():
             raise ValueError(f"{text!r} names no submission: there is no file {file}; it must be [NAME=]PATH[:SEARCH_SPACE]")
+    if space == SELF:
+        return Entry(name or submission.parent.name, submission, (None,))
     points = tuple(point._asdict() for point in read_points(search_space, num_points, seed=0))
     if len(points) < num_points:
         raise ValueError(f"{search_space} has {len(points)} points; it must have at least {num_points}")
@@ -138,7 +142,7 @@ def train(entry: Entry, run: Run, to_target: bool) -> dict[str, Any]:
         torch_compile=False,
         flags={},
     )
-    hyperparameters = collections.namedtuple("Hyperparameters", point)(**point)
+    hyperparameters = None if point is None else collections.namedtuple("Hyperparameters", point)(**point)
     with tempfile.TemporaryDirectory() as folder:
         run_trial(workload, submission, hyperparameters, run.seed, Path(folder), settings, progress=lambda *_: None)
         evaluations = pd.read_csv(Path(folder) / "eval_measurements.csv")
@@ -147,8 +151,8 @@ def train(entry: Entry, run: Run, to_target: bool) -> dict[str, Any]:
     kept = (steps % EVAL_EVERY == 0) | (steps == steps.iloc[-1])
     return {
         **run._asdict(),
-        "learning_rate": point.get("learning_rate", math.nan),
-        "horizon": point.get("step_hint_factor", math.nan),
+        "learning_rate": (point or {}).get("learning_rate", math.nan),
+        "horizon": (point or {}).get("step_hint_factor", math.nan),
         "ended": reason,
         "steps": int(steps.iloc[-1]),
         "seconds": round(evaluations["score"].iloc[-1], 2),

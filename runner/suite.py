@@ -12,11 +12,16 @@ from pathlib import Path
 from absl import app, flags
 
 from .page import write_page
-from .study import check_entries, parse_entry, run_studies
+from .study import SELF, check_entries, parse_entry, run_studies
 from .workloads import WORKLOADS
 
 RUNNER = Path(__file__).parent
-OURS = f"shampoo={RUNNER.parent / 'submission.py'}:{RUNNER / 'tuning_search_space.json'}"
+SUBMISSION = RUNNER.parent / "submission.py"
+OURS = [
+    f"shampoo={SUBMISSION}:{RUNNER / 'tuning_search_space.json'}",
+    f"shampoo_2026={SUBMISSION}:{SUBMISSION.with_name('tuning_search_space_2026.json')}",
+    f"shampoo_self={SUBMISSION}:{SELF}",
+]
 BASELINES = sorted(str(path) for path in RUNNER.glob("baselines/*/submission.py"))
 NUM_POINTS = 5
 QUICK = ["flights_dlrm", "mnist_unet", "solubility_gnn"], 2  # workloads, points
@@ -45,7 +50,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """Define the flags of this command."""
-    flags.DEFINE_list("submissions", [OURS, *BASELINES], "submissions to run, each as [NAME=]PATH[:SEARCH_SPACE]")
+    flags.DEFINE_list("submissions", [*OURS, *BASELINES], "submissions to run, each as [NAME=]PATH[:SEARCH_SPACE or :self]")
     flags.DEFINE_list("workloads", list(WORKLOADS), "workloads to run: names, or PATH.py:CLASS")
     flags.DEFINE_integer("studies", 1, "number of seeds that each submission's best point runs on", lower_bound=1)
     flags.DEFINE_integer("max_workers", os.cpu_count() or 1, "number of single-threaded processes", lower_bound=1)

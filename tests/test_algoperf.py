@@ -26,7 +26,7 @@ from runner.search_space import read_points
 ROOT = Path(__file__).parents[1]
 REAL = spec is not stand_in
 needs_algoperf = pytest.mark.skipif(not REAL, reason="AlgoPerf's package is not installed")
-SPACE = ROOT / "tuning_search_space.json"
+SPACES = [ROOT / "tuning_search_space.json", ROOT / "tuning_search_space_2026.json"]
 
 SIGNATURES = {  # from AlgoPerf 0.6
     "init_optimizer_state": ["workload", "model_params", "model_state", "hyperparameters", "rng"],
@@ -88,18 +88,19 @@ def test_the_stand_in_differs_from_algoperfs_spec_as_its_docstring_says():
         assert {x.name: x.value for x in getattr(stand_in, enum)} == {x.name: x.value for x in getattr(spec, enum)}
 
 
-def algoperfs_points():
-    """Return the points as AlgoPerf's search-space code reads them if it is installed, else as the runner does."""
+def algoperfs_points(space):
+    """Return the points of a file as AlgoPerf's search-space code reads them if it is installed, else as the runner does."""
     if not REAL:
-        return read_points(SPACE, 5, 0)
+        return read_points(space, 5, 0)
     from algoperf import halton
 
-    return halton.generate_search(json.loads(SPACE.read_text()), 5)
+    return halton.generate_search(json.loads(space.read_text()), 5)
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_every_point_trains(number):
-    point, workload = algoperfs_points()[number], FakeWorkload()
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: space.stem)
+def test_every_point_trains(space, number):
+    point, workload = algoperfs_points(space)[number], FakeWorkload()
     assert type(point).__name__ == "Hyperparameters"
     state = start(workload, point)
     for t in range(3):
@@ -208,8 +209,9 @@ def test_the_leaderboards_parser_accepts_the_submission_info():
     assert info["submission_folder"].islower()
 
 
-def test_all_points_have_the_same_keys():
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: space.stem)
+def test_all_points_have_the_same_keys(space):
     """AlgoPerf makes a namedtuple type from the first point's keys."""
-    points = json.loads(SPACE.read_text())
+    points = json.loads(space.read_text())
     assert len(points) == 5
     assert collections.Counter(tuple(point) for point in points).most_common() == [(tuple(points[0]), 5)]

@@ -94,6 +94,19 @@ def test_metrics_are_logged_sparsely():
     assert all(isinstance(value, float) for _, metrics in logged for value in metrics.values())
 
 
+def test_without_hyperparameters_it_uses_the_self_tuning_point():
+    ends = []
+    for point in (None, submission.self_tuning_point()):
+        workload = FakeWorkload()
+        state = start(workload, point)
+        for t in range(12):
+            step(workload, state, point, workload.batch(t), t)
+        evaluate(workload, state, point)
+        ends.append(list(workload.model.parameters()))
+        assert "averages" in state
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
 VARIANTS = [
     {},
     {"averaging": True, "schedule": "trapezoid"},
