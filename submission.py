@@ -61,10 +61,14 @@ class Shampoo(AdamWShampoo):
             return {"not_resumable": str(error)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load AdamWShampoo's state dict. Raise ValueError if it was saved without the state of other ranks."""
+        """Load AdamWShampoo's state dict. Raise ValueError if it was saved without the state of other ranks.
+
+        All ranks' state is gathered at once: AlgoPerf saves a trial that had ended again, without `prepare_for_eval`.
+        """
         if "not_resumable" in state_dict:
             raise ValueError(f"this checkpoint cannot be resumed from: {state_dict['not_resumable']}")
         super().load_state_dict(state_dict)
+        self.consolidate_state_dict()
 
 
 def get_batch_size(workload_name: str) -> int:

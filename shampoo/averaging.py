@@ -34,16 +34,20 @@ class AveragedWeights:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = [x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point()]
-        self._other = [x.detach().clone() for x in self._model]  # E, but W between eval() and train()
+        self._model = model
+        self._other = [x.detach().clone() for x in self._held()]  # E, but W between eval() and train()
         self._step, self._training = 0, True
+
+    def _held(self) -> list[Tensor]:
+        """Return the tensors that the model holds. They may be new at each step: some layers assign to their buffers."""
+        return [x for x in chain(self._model.parameters(), self._model.buffers()) if x.is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Apply `update_averages`."""
         if not self._training:
             raise RuntimeError("the model holds the averages; call train() before the optimizer's step")
-        update_averages(self._other, self._model, self._step)
+        update_averages(self._other, self._held(), self._step)
         self._step += 1
 
     def eval(self) -> None:
@@ -57,8 +61,9 @@ class AveragedWeights:
     @torch.no_grad()
     def _place(self, training: bool) -> None:
         if training != self._training:
-            kept = [x.clone() for x in self._model]
-            torch._foreach_copy_(self._model, self._other)
+            held = self._held()
+            kept = [x.clone() for x in held]
+            torch._foreach_copy_(held, self._other)
             torch._foreach_copy_(self._other, kept)
             self._training = training
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from absl import flags
 from fake_workload import FakeWorkload, as_point, evaluate, start, step
 from torch import nn
@@ -43,6 +44,19 @@ def saved_state(rank, size):
     return found
 
 
+def saved_again(rank, size):
+    """Resume an evaluated trial on all ranks from rank 0's state_dict; return that, and rank 0's state_dict without a step."""
+    workload, point = FakeWorkload(), as_point(precondition_frequency=1)
+    state = start(workload, point)
+    step(workload, state, point, workload.batch())
+    state["optimizer"].consolidate_state_dict()
+    saved = [state["optimizer"].state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    resumed = start(FakeWorkload(), point)["optimizer"]
+    resumed.load_state_dict(saved[0])
+    return saved[0], resumed.state_dict() if rank == 0 else None
+
+
 @pytest.mark.parametrize("averaging", [False, True])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_ranks_take_the_step_of_the_full_batch(pools, wrapped, averaging):
@@ -57,3 +71,10 @@ def test_state_is_gathered_only_for_checkpoints_and_is_not_resumable_otherwise(p
     assert gathered == ["param_groups", "state", "version"]
     assert lacking == ["not_resumable"]
     assert error == "this checkpoint cannot be resumed from: why"
+
+
+def test_a_trial_that_had_ended_can_be_resumed_again(pools):
+    """AlgoPerf resumes each trial of a study, and saves those that had ended again, without another step or evaluation."""
+    saved, again = pools(2).run(saved_again)[0]
+    assert again["param_groups"] == saved["param_groups"]
+    torch.testing.assert_close(again["state"], saved["state"], rtol=0, atol=0)
