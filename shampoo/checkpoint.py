@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .blocks import View
 from .copies import flat_views
-from .group import ADDED, OPTIONS, Group, marked
-from .options import check_groups, parameter_names, plain
+from .options import ADDED, OPTIONS, Group, check_groups, marked, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from .blocks import Shape, cut, merge_dims
 
-if TYPE_CHECKING:  # `group` imports this module by way of `preconditioner`
-    from .group import Options
+if TYPE_CHECKING:  # `options` imports this module
+    from .options import Options
 
 
 def merged_shape(shape: Shape, options: "Options") -> Shape:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .group import OPTIONS
+from .options import OPTIONS
 from .rules import BOOL, Rule, check_value, integer, one_of, real
 from .schedule import SCHEDULES, TAILS
 

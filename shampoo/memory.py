@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import pieces
-from .group import OPTIONS
 from .optimizer import AdamWShampoo
-from .options import check_groups, set_start
+from .options import OPTIONS, check_groups, set_start
 from .state import make_buckets
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
 from .copies import Inputs, attempt, flat_views, move, read
-from .group import OPTIONS
-from .options import plain
+from .options import OPTIONS, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 

@@ -1,27 +1,77 @@
-"""Checks of options, parameter groups, and parameters, and how error messages name them."""
+"""The options of a parameter group, their types, and their rules; checks of groups, and how error messages name parameters."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .factors import parameter_exponents
-from .group import OPTIONS, Options
-from .preconditioner import PRECONDITIONERS
-from .rules import check_value, integer
+from .grafting import GRAFTING
+from .preconditioner import COVARIANCES, PRECONDITIONERS
+from .roots import SOLVERS
+from .rules import BOOL, EXPONENT, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
 
-# Options of other torch optimizers that groups may have only if they are off, and why.
-NOT_NEEDED = {
-    "amsgrad": "AdamWShampoo has no counterpart",
-    "foreach": "updates are always batched",
-    "fused": "updates are always batched",
-    "capturable": "step counts are on the host",
-    "differentiable": "weights are updated in place",
-}
+STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
+ADDED = "may be missing in a state_dict"
+NOT_NEEDED = ("amsgrad", "foreach", "fused", "capturable", "differentiable")  # other optimizers' options; allowed if off
+
+
+class Options(TypedDict):
+    """The options of a parameter group; `AdamWShampoo` documents them. After its rule, an option may have the marks above."""
+
+    lr: Annotated[float | Tensor, either(real(0), scalar(real(0)))]
+    maximize: Annotated[bool, BOOL, ADDED]
+    betas: Annotated[tuple[float, float], pair(real(0, 1, below=True), real(0, 1))]
+    eps: Annotated[float, real(0, above=True)]
+    weight_decay: Annotated[float, real(0)]
+    decoupled_weight_decay: Annotated[bool, BOOL]
+    cautious_decay: Annotated[bool, BOOL, ADDED]
+    momentum: Annotated[float, real(0, 1, below=True)]
+    nesterov: Annotated[bool, BOOL]
+    nadam: Annotated[bool, BOOL]
+    bias_correction: Annotated[bool, BOOL]
+    block_size: Annotated[int, integer(1), STRUCTURAL]
+    merge_dims: Annotated[bool, BOOL, STRUCTURAL]
+    max_dim: Annotated[int, integer(1), STRUCTURAL]
+    precondition_frequency: Annotated[int, integer(1)]
+    factor_frequency: Annotated[int, integer(1), ADDED]
+    start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
+    preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL, ADDED]
+    covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL, ADDED]
+    max_factor_ratio: Annotated[float | None, either(real(0, above=True), NONE), STRUCTURAL, ADDED]
+    exponents: Annotated[float | tuple[float, float] | None, either(EXPONENT, pair(EXPONENT, EXPONENT), NONE), STRUCTURAL]
+    exponent_multiplier: Annotated[float, real(0), STRUCTURAL]
+    grafting: Annotated[str, one_of(*GRAFTING), STRUCTURAL]
+    grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
+    unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE), ADDED]
+    grafting_eps: Annotated[float, real(0)]
+    normalized_grafting: Annotated[bool, BOOL]
+    relative_eps: Annotated[bool, BOOL]
+    solver: Annotated[str, one_of(*SOLVERS), STRUCTURAL]
+    qr_tolerance: Annotated[float, real(0, 1), ADDED]
+    stagger: Annotated[bool, BOOL]
+    precondition_vectors: Annotated[bool, BOOL, STRUCTURAL]
+    bf16_roots: Annotated[bool, BOOL, STRUCTURAL]
+
+
+MARKS = {name: hint.__metadata__ for name, hint in get_type_hints(Options, include_extras=True).items()}  # rules first
+OPTIONS: dict[str, Rule] = {name: marks[0] for name, marks in MARKS.items()}
+
+
+def marked(mark: str) -> list[str]:
+    """Return the names of the options with this mark."""
+    return [name for name, marks in MARKS.items() if mark in marks]
+
+
+class Group(Options):
+    """A parameter group."""
+
+    params: list[Tensor]
+    step: int  # number of steps in which any parameter of the group had a gradient
 
 
 def plain(x: Any) -> Any:
@@ -73,7 +123,7 @@ def check_names(group: Mapping[str, Any]) -> None:
         if near:
             raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
         if name in NOT_NEEDED and value:
-            raise ValueError(f"{name} is {value!r}; it must be False or None: {NOT_NEEDED[name]}")
+            raise ValueError(f"{name} is {value!r}; it must be False or None: AdamWShampoo has no such option")
 
 
 def is_one_edit(a: str, b: str) -> bool:

@@ -11,8 +11,8 @@ from .roots import SOLVERS, inverse_root, update_basis
 from .rules import check_value, one_of
 from .update import accumulate
 
-if TYPE_CHECKING:  # `group` needs PRECONDITIONERS
-    from .group import Options
+if TYPE_CHECKING:  # `options` needs PRECONDITIONERS
+    from .options import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
 COVARIANCES = ("gram", "kl")

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoint import Entries, counts, pieces, place
 from .copies import copy
-from .group import STRUCTURAL, Group, marked
+from .options import STRUCTURAL, Group, marked
 from .state import Bucket, is_own, read_steps
 
 Gathered = Callable[[], Entries] | None  # returns the state of all parameters; None on a rank that has only a part of it

@@ -15,7 +15,7 @@ from .assignment import Cost, share_blocks
 from .blocks import Layout
 from .factors import block_exponents, merged_shape, parameter_exponents
 from .grafting import GRAFTING
-from .group import Group
+from .options import Group
 from .preconditioner import PRECONDITIONERS
 
 

@@ -10,7 +10,7 @@ from . import update
 from .copies import Inputs, add, chunks, flatten, load, spread, stack_views
 from .due import due_blocks
 from .grafting import GRAFTING, Grafting
-from .group import Group
+from .options import Group
 from .preconditioner import Kronecker
 from .state import Bucket
 
