@@ -2,7 +2,6 @@
 
 import warnings
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -191,10 +190,9 @@ class BucketedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        read = partial(checkpoint.read, state_dict, self.param_groups)
-        groups, entries = agree(self._ranks, read, describe=lambda found: options.describe(found[0]))
-        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks)
-        self.param_groups = groups
+        arguments = state_dict, self.param_groups, self._ranks
+        found = agree(self._ranks, checkpoint.read, *arguments, describe=lambda found: options.describe(found[0]))
+        self.param_groups, entries, buckets = found
         self.state.clear()  # the same dictionary: wrappers may share it
         self.state.update(checkpoint.foreign(buckets, entries, checkpoint.copied))
         self._install(buckets, checkpoint.is_zero(entries))

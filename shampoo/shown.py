@@ -2,8 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -44,13 +42,13 @@ for _name in (
     setattr(State, _name, _looking(_name))
 
 
-def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what determines the buckets: parameters, shapes, devices, dtypes, and structural options."""
+def signature(groups: Sequence[Group], state: dict[Any, Any]) -> list[Any]:
+    """Return what determines the buckets, options and parameters with their shapes, devices, and dtypes; and the entries."""
     found: list[Any] = []
     for group in groups:
         found += [id(group), *map(group.get, STRUCTURE)]
         for p in group["params"]:
-            found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
+            found.append((id(p), id(dict.get(state, p)), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
     return found
 
 
@@ -67,7 +65,7 @@ class Shown:
     """
 
     def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
-        self._buckets, self._signature, self.gathered = buckets, signature(groups), gathered
+        self._buckets, self.gathered = buckets, gathered
         # What is shown of each parameter, and its `data_ptr`; empty until a user looks
         self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
@@ -81,6 +79,7 @@ class Shown:
                     if X is not None and isinstance(now, Tensor) and (now.dtype, now.device) == (X.dtype, X.device):
                         now.data = X  # references to it stay alive
                         live[p][key] = now
+        self._signature = signature(groups, state)
         self.show(live)
 
     def live(self) -> Entries:
@@ -112,9 +111,7 @@ class Shown:
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
-        if signature(groups) != self._signature:
-            return True
-        if not all(map(is_, map(dict.get, repeat(state), self._entries), self._entries.values())):
+        if signature(groups, state) != self._signature:
             return True
         for bucket in self._buckets:
             group = bucket.group
@@ -122,9 +119,8 @@ class Shown:
                 return True
             for p in bucket.params if self.own else ():
                 own, entry = self.own[p], self._entries[p]
-                if any(X.data_ptr() != pointer or entry.get(key) is not X for key, (X, pointer) in own.items()):
-                    return True
-                if any(is_own(bucket, key) for key in entry.keys() - own.keys()):
+                kept = all(entry.get(key) is X and X.data_ptr() == pointer for key, (X, pointer) in own.items())
+                if not kept or any(is_own(bucket, key) for key in entry.keys() - own.keys()):
                     return True
         return False
 
