@@ -61,14 +61,12 @@ def merge_dims(shape: Shape, block_size: int, max_factor_ratio: float | None = N
     dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), with c = 1 (64, 64, 9); (512, 512, 3, 3) ->
     (512, 512, 9). Source: the Shampoo submission to the AlgoPerf competition, which has no c.
     """
-    limit, sizes = float(block_size), list(shape)
+    limit, sizes = float(block_size), [size for size in shape if size != 1]
     if max_factor_ratio is not None:
         numel = prod(min(size, block_size) for size in shape)  # merging does not change it
         limit, sizes = min(limit, (max_factor_ratio * numel) ** 0.5), sizes[::-1]
     merged: list[int] = []
     for size in sizes:
-        if size == 1:
-            continue
         if merged and merged[-1] * size <= limit:
             merged[-1] *= size
         else:

@@ -147,11 +147,9 @@ class BucketedOptimizer(Optimizer):
             self._update_buckets()
         gathered = self._shown.gathered
         if gathered is None or self._shown.changed(self.state, self.param_groups):
-            raise RuntimeError(
-                f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call "
-                "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
-                "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
-            )
+            holds = f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state"
+            when = "after the last step; for torch.distributed.checkpoint, with to=None, also before loading"
+            raise RuntimeError(f"{holds}: call consolidate_state_dict() on all ranks {when}")
         packed = checkpoint.pack_state_dict(self.param_groups, gathered(), dict(dict.items(self.state)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
@@ -202,9 +200,7 @@ class BucketedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps only defaults, groups, and state
         if self._ranks.size > 1:
-            raise RuntimeError(
-                "an optimizer on multiple ranks cannot be pickled or copied: use consolidate_state_dict() and state_dict()"
-            )
+            raise RuntimeError("an optimizer on multiple ranks cannot be pickled or copied: use state_dict()")
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
         return {**kept, "state": defaultdict(dict, checkpoint.foreign(self._buckets, dict(dict.items(self.state))))}

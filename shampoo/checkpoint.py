@@ -195,7 +195,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Any], ranks: Ranks) -> 
         keys = [list(group.pop("params")) for group in options]
         entries.update({key: {**entries.get(key, {})} for key in chain(*keys)})
         options = [{name: plain(deepcopy(x)) for name, x in group.items() if name != "param_names"} for group in options]
-        version = state_dict.get("version", VERSION if any("step" in entries[key] for key in chain(*keys)) else 1)
+        version = state_dict.get("version", 1)  # where it is lost, steps that are there stay
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not an optimizer's state_dict: reading param_groups and state raised {error!r}") from error
     check_value("the state_dict's version", version, one_of(*range(1, VERSION + 1)))

@@ -47,18 +47,15 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     """
     params = list(optimizer._names())
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
-        raise ValueError(
-            f"before holds tensors of shapes {[tuple(W.shape) for W in before]}; it must hold a copy of each of the "
-            f"optimizer's {len(params)} parameters from before the step, as weights(optimizer) returns"
-        )
+        found, needed = [tuple(W.shape) for W in before], f"the optimizer's {len(params)} parameters from before the step"
+        raise ValueError(f"before holds tensors of shapes {found}; it must be weights(optimizer), {needed}")
     earlier = dict(zip(params, before, strict=True)) if before is not None else {}
     figures: dict[Tensor, Figures] = {}
     for bucket in optimizer._buckets:
         of_factors = factor_figures(bucket)
         owned = {grid.param for grids in bucket.layout.grids for grid in grids}
         for i, (p, shape) in enumerate(zip(bucket.params, bucket.layout.shapes, strict=True)):
-            G, W = full_gradient(p), full_tensor(p)
-            W_before = full_tensor(earlier[p]) if p in earlier else None
+            G, W, W_before = full_gradient(p), full_tensor(p), full_tensor(earlier.get(p))
             if i in owned:
                 figures[p] = gradient_figures(G, shape) | weight_figures(W, W_before) | of_factors.get(i, {})
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]

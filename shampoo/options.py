@@ -90,15 +90,22 @@ def set_start(group: dict[str, Any]) -> None:
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
+    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take.
+
+    A key that is one edit away from an option is an error, and so is one of NOT_NEEDED that is on. Other keys are allowed,
+    since schedulers and libraries add their own to groups.
+    """
     params = Counter(p for group in groups for p in group["params"])
     rules = {**OPTIONS, "step": integer(0)}
     for k, group in enumerate(groups):
         if missing := rules.keys() - group.keys():
-            raise ValueError(
-                f"group {k} lacks {', '.join(sorted(missing))}; add groups with add_param_group(), which fills in defaults"
-            )
-        check_names(group)
+            raise ValueError(f"group {k} lacks {', '.join(sorted(missing))}; add_param_group() fills in defaults")
+        for name, value in group.items():
+            near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS and len(name) > 2 else []
+            if near:
+                raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
+            if name in NOT_NEEDED and value:
+                raise ValueError(f"{name} is {value!r}; it must be False or None: AdamWShampoo has no such option")
         for name, rule in rules.items():
             check_value(name, group[name], rule)
         for i, p in enumerate(group["params"]):
@@ -111,19 +118,6 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         own = cast(Options, group)
         exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), own)}
         PRECONDITIONERS[group["preconditioner"]].check(own, exponents)
-
-
-def check_names(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that is one edit away from an option, and for a key of NOT_NEEDED that is on.
-
-    Other unknown keys are allowed, since schedulers and libraries add their own to groups.
-    """
-    for name, value in group.items():
-        near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS and len(name) > 2 else []
-        if near:
-            raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
-        if name in NOT_NEEDED and value:
-            raise ValueError(f"{name} is {value!r}; it must be False or None: AdamWShampoo has no such option")
 
 
 def is_one_edit(a: str, b: str) -> bool:
@@ -161,12 +155,8 @@ def overlaps(p: Tensor) -> bool:
 
     They may if a stride is at most the sum of (size - 1) * stride over the dimensions with smaller strides.
     """
-    reach = 0
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
+    dims = sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1)
+    return any(dims[i][0] <= sum(stride * (size - 1) for stride, size in dims[:i]) for i in range(len(dims)))
 
 
 def check_parameter(p: Tensor, name: str) -> None:

@@ -158,9 +158,7 @@ class Kronecker:
         for each in exponents:
             SOLVERS[options["solver"]].check(each)
             if options["covariance"] == "kl" and not all(p == 0 or isclose(p, 0.5) for p in each):
-                raise ValueError(
-                    f"covariance 'kl' is defined for exponents 1/2; here those of a block are {each}: set exponents=0.5"
-                )
+                raise ValueError(f"covariance 'kl' is defined for exponents 1/2; a block has {each}: set exponents=0.5")
 
 
 class Eigenbasis(Kronecker):

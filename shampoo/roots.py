@@ -109,9 +109,7 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
 def check_newton(exponents: tuple[float, ...]) -> None:
     """Raise ValueError unless every exponent is 0 or 1/r for an integer r of at most LARGEST_ROOT."""
     if any(p and not (p * LARGEST_ROOT > 0.999 and isclose(round(1 / p) * p, 1)) for p in exponents):
-        raise ValueError(
-            f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}: use 'eigh' or 'qr'"
-        )
+        raise ValueError(f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}")
 
 
 class Solver(NamedTuple):

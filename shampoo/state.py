@@ -109,10 +109,9 @@ def is_own(bucket: Bucket, key: Any) -> bool:
 
 def describe_tensor(X: Any) -> str:
     """Return a description of a value in an entry, for error messages."""
-    if not isinstance(X, Tensor):
-        return "nothing" if X is None else repr(X)
-    where = "" if X.layout == torch.strided and not X.is_meta else f", {X.layout} on {X.device}"
-    return f"a {X.dtype} tensor of shape {tuple(X.shape)}{where}"
+    if isinstance(X, Tensor):
+        return f"a {X.dtype} tensor ({X.layout}, on {X.device}) of shape {tuple(X.shape)}"
+    return "nothing" if X is None else repr(X)
 
 
 def read_steps(step: Any, name: str) -> int:

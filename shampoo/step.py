@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
     for part, _, _, factored in parts:
         some_present = present if present is None else present[part]
-        update.accumulate_squares(V if V is None else V[part], grafted[part], methods[factored].beta2, some_present)
+        update.accumulate_squares(V if V is None else V[part], grafted[part], methods[factored][1], some_present)
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
@@ -74,22 +73,19 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
 
 
-class Method(NamedTuple):
-    """The grafting method for blocks with factors, or for those without."""
+def grafting_method(
+    group: Group, factored: bool, counts: Sequence[int], of_params: Spread
+) -> tuple[Grafting, float, float | Tensor]:
+    """Return the grafting method of the group's blocks with factors, or of those without, its beta2, and 1 - beta2^t.
 
-    grafting: Grafting
-    beta2: float
-    bc2: float | Tensor  # 1 - beta2^t
-
-
-def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_params: Spread) -> Method:
-    """Return the grafting method of the group's blocks with factors, or of those without, whose method must scale by V."""
+    That of blocks without factors must scale by V.
+    """
     grafting = GRAFTING[group["grafting"]]
     if not factored and not grafting.second_moment:
         grafting = GRAFTING["adam"]
     own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
     beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
-    return Method(grafting, beta2, update.bias_corrections(beta2, counts, of_params))
+    return grafting, beta2, update.bias_corrections(beta2, counts, of_params)
 
 
 def grafted_gradient(bucket: Bucket, G: Tensor, stacks: Sequence[Tensor]) -> Tensor:

@@ -121,10 +121,7 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
     """
     norms, lengths = block_norms(P), block_norms(A) if sets_length else None
     if norms.device.type == "cpu" and are_usual(norms, lengths):
-        if lengths is None:
-            out.copy_(P)
-        else:
-            torch.mul(P, lengths / (norms + 1e-16), out=out)
+        torch.mul(P, 1.0 if lengths is None else lengths / (norms + 1e-16), out=out)
         return []
     largest = P.abs().amax(dim=tuple(range(1, P.dim())), keepdim=True)
     bad, steps = ~largest.isfinite(), P
