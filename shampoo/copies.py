@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import Layout
+from .blocks import Layout, Shape
 
 
-def stack_views(stacks: Sequence[tuple[int, ...]], flat: Tensor) -> list[Tensor]:
+def stack_views(stacks: Sequence[Shape], flat: Tensor) -> list[Tensor]:
     """Return views of a flat vector as stacks of these shapes, each (B, d1, ..., dk)."""
     parts = torch.split_with_sizes(flat, list(map(prod, stacks)))
     return list(map(Tensor.view, parts, stacks))
@@ -82,9 +82,7 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
 
 
 @lru_cache(maxsize=256)
-def chunks(
-    stacks: tuple[tuple[int, ...], ...], kinds: tuple[bool, ...], numel: int
-) -> list[tuple[slice, slice, list[int], bool]]:
+def chunks(stacks: tuple[Shape, ...], kinds: tuple[bool, ...], numel: int) -> list[tuple[slice, slice, list[int], bool]]:
     """Split the stacks into runs of one kind and of at most `numel` elements; a larger stack is a run of its own.
 
     Return for each run its slice of the flat vector, its slice of the list of stacks, the number of elements per stack, and

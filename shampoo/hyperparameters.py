@@ -45,10 +45,8 @@ def check_point(point: Mapping[str, Any]) -> None:
     """Raise ValueError unless the point has all keys of POINT, none but those and OPTIONAL's, and every value is allowed."""
     missing, unknown = POINT.keys() - point.keys(), point.keys() - POINT.keys() - OPTIONAL.keys()
     if missing or unknown:
-        raise ValueError(
-            f"a point of the search space must have the keys {sorted(POINT)} and may have {sorted(OPTIONAL)}; "
-            f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
-        )
+        allowed = f"must have the keys {sorted(POINT)} and may have {sorted(OPTIONAL)}"
+        raise ValueError(f"a point of the search space {allowed}; missing: {sorted(missing)}, unknown: {sorted(unknown)}")
     for key, value in point.items():
         check_value(f"hyperparameter {key}", value, (POINT | OPTIONAL)[key])
 

@@ -50,7 +50,7 @@ class AdamWShampoo(BucketedOptimizer):
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c: a dimension d of a block of n elements has a factor only if d^2 <= c n, so that each factor and its
             root take at most 2 c n elements; None: no limit. c = 1 leaves out vectors and the long sides of thin matrices.
-        exponents, exponent_multiplier: see `factors.block_exponents`; None is 1/(2k) for each of a block's k factors. For
+        exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
             "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .factors import parameter_exponents
+from .blocks import parameter_exponents
 from .grafting import GRAFTING
 from .preconditioner import COVARIANCES, PRECONDITIONERS
 from .roots import SOLVERS

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from math import isclose, prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .blocks import Exponents
 from .roots import SOLVERS, inverse_root, update_basis
 from .rules import check_value, one_of
 from .update import accumulate
@@ -34,7 +35,7 @@ class Kronecker:
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
 
     def __init__(
-        self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
+        self, stack: Sequence[int], exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device
     ):
         def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Tensor | None]:
             """Return zeros (B, d, d) for each dimension with a factor if they are `needed`, None for the others."""
@@ -94,14 +95,12 @@ class Kronecker:
 
     def solve(self, d: int, A: Tensor, rows: Rows, bc2: float | Tensor, options: "Options", V: Tensor | None) -> dict[int, str]:
         """Set the roots of dimension d (from 0) of these rows from their factors A; return notes, as `roots.inverse_root`."""
-        own = {name: value for name, value in options.items() if name in SOLVERS[options["solver"]].options}
+        names = ("solver", "relative_eps", *SOLVERS[options["solver"]].options)
+        own: dict[str, Any] = {name: value for name, value in options.items() if name in names}
         X, Q = self.inv_roots[d], self.eigvecs[d]
         assert X is not None
         basis = None if Q is None else Q[rows]
-        roots, causes = inverse_root(
-            A, bc2, self.exponents[d], options["eps"], X[rows], basis, relative_eps=options["relative_eps"],
-            solver=options["solver"], **own,
-        )  # fmt: skip
+        roots, causes = inverse_root(A, bc2, self.exponents[d], options["eps"], X[rows], basis, **own)
         limit = torch.finfo(X.dtype).max
         X[rows] = roots.clamp(-limit, limit).to(X.dtype)
         if Q is not None and basis is not None:
@@ -140,7 +139,7 @@ class Kronecker:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
     @classmethod
-    def cost(cls, block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
+    def cost(cls, block: Sequence[int], exponents: Exponents, options: "Options") -> float:
         """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
         For each factor of size d: 2 n d for each of the PRODUCTS with its root or basis, 2 n d / factor_frequency to update it,
@@ -153,7 +152,7 @@ class Kronecker:
         return sum(2 * prod(block) * d * (cls.PRODUCTS + updates) + 25 * d**3 * refreshes for d in sizes)
 
     @classmethod
-    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+    def check(cls, options: "Options", exponents: Collection[Exponents]) -> None:
         """Raise ValueError for options that do not go together, given the exponents of all blocks with factors."""
         for each in exponents:
             SOLVERS[options["solver"]].check(each)
@@ -206,7 +205,7 @@ class Eigenbasis(Kronecker):
         return contract(A, [Q if Q is None else Q.mT for Q in self.eigvecs])
 
     @classmethod
-    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+    def check(cls, options: "Options", exponents: Collection[Exponents]) -> None:
         """Raise ValueError for an option that preconditioner "soap" is not defined for."""
         for name, rule in cls.NEEDED.items():
             check_value(f"with preconditioner 'soap', {name}", options[name], rule)  # type: ignore[literal-required]

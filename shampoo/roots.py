@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import Exponents
+
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 NEWTON_STEPS = 100
@@ -106,7 +108,7 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
     return root
 
 
-def check_newton(exponents: tuple[float, ...]) -> None:
+def check_newton(exponents: Exponents) -> None:
     """Raise ValueError unless every exponent is 0 or 1/r for an integer r of at most LARGEST_ROOT."""
     if any(p and not (p * LARGEST_ROOT > 0.999 and isclose(round(1 / p) * p, 1)) for p in exponents):
         raise ValueError(f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}")
@@ -118,7 +120,7 @@ class Solver(NamedTuple):
     solve: Callable[..., Tensor]
     keeps_basis: bool = False
     options: tuple[str, ...] = ()  # names of optimizer options that `solve` takes
-    check: Callable[[tuple[float, ...]], None] = lambda exponents: None  # raises ValueError for exponents that it cannot take
+    check: Callable[[Exponents], None] = lambda exponents: None  # raises ValueError for exponents that it cannot take
 
 
 SOLVERS: dict[str, Solver] = {

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
-from .blocks import Layout
-from .factors import block_exponents, merged_shape, parameter_exponents
+from .blocks import Layout, block_exponents, merged_shape, parameter_exponents
 from .grafting import GRAFTING
 from .options import Group
 from .preconditioner import PRECONDITIONERS
@@ -43,10 +42,9 @@ class Bucket:
         self.exp_avg = self.zeros() if group["betas"][0] else None
         self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
-        self.preconditioners = [
-            kind(stack, each or (0.0,) * (len(stack) - 1), group, self.dtype, self.device)
-            for stack, each in zip(self.layout.stacks, exponents, strict=True)
-        ]
+        of_stacks = [each or (0.0,) * (len(stack) - 1) for stack, each in zip(self.layout.stacks, exponents, strict=True)]
+        new = partial(kind, options=group, dtype=self.dtype, device=self.device)
+        self.preconditioners = list(map(new, self.layout.stacks, of_stacks))
         self.rotates = self.factored and kind.ROTATES
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state

@@ -16,6 +16,7 @@ from .state import Bucket
 GRAFTING_CHUNK = 7 * 2**20  # elements per chunk, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
 
 Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
+Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
 
 
 def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -45,8 +46,9 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
     for part, _, _, factored in parts:
-        some_present = present if present is None else present[part]
-        update.accumulate_squares(V if V is None else V[part], grafted[part], methods[factored][1], some_present)
+        some_present, (_, beta2, _) = present if present is None else present[part], methods[factored]
+        if V is not None:
+            update.accumulate_squares(V[part], grafted[part], beta2, some_present)
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
@@ -73,9 +75,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
 
 
-def grafting_method(
-    group: Group, factored: bool, counts: Sequence[int], of_params: Spread
-) -> tuple[Grafting, float, float | Tensor]:
+def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_params: Spread) -> Method:
     """Return the grafting method of the group's blocks with factors, or of those without, its beta2, and 1 - beta2^t.
 
     That of blocks without factors must scale by V.

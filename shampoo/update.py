@@ -73,10 +73,8 @@ def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> Non
         S.lerp_(X, 1 - beta if present is None else (1 - beta) * present)
 
 
-def accumulate_squares(V: Tensor | None, G: Tensor, beta: float, present: Tensor | None) -> None:
-    """V <- beta V + (1 - beta) G * G in place, if there is V; for beta = 1, a plain sum, clamped as in `accumulate`."""
-    if V is None:
-        return
+def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None) -> None:
+    """V <- beta V + (1 - beta) G * G in place; for beta = 1, a plain sum, clamped as in `accumulate`."""
     if beta < 1.0:
         V.mul_(beta if present is None else 1 - (1 - beta) * present)
     V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
