@@ -96,8 +96,7 @@ class BucketedOptimizer(Optimizer):
         If `looked`, `state` shows their state at once.
         """
         self._buckets, ranks = buckets, self._ranks
-        shared = ranks.size > 1 and buckets
-        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if ranks.size > 1 and buckets else None
         known = zero or ranks.size == 1
         self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
-from .copies import Inputs, attempt, flat_views, move, read
+from .copies import Flat, Inputs, attempt, flat_views, move, read
 from .options import OPTIONS, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
@@ -152,7 +152,7 @@ class AdamWShampoo(BucketedOptimizer):
             inputs, error = [*inputs, found], error or failure
 
         # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
-        directions: list[tuple[Tensor, list[Tensor]]] = []  # P and its `flat_views`
+        directions: list[Flat] = []
         skip = error is not None
         try:
             if not skip:
@@ -184,17 +184,13 @@ class AdamWShampoo(BucketedOptimizer):
                     views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:
-            self._join_next_exchange()
+            if self._exchange is not None:
+                for bucket in self._buckets:
+                    attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+                attempt(self._exchange.run, [], [True, True])
             raise
         if not self._health.weighed:
             self._health.weigh(self._buckets)
         if self._shown.own:
             self._shown.write()
         return loss
-
-    def _join_next_exchange(self) -> None:
-        """Take part in the other ranks' next step as a rank that failed."""
-        if self._exchange is not None:
-            for bucket in self._buckets:
-                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-            attempt(self._exchange.run, [], [True, True])

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 import torch
@@ -78,9 +78,8 @@ def plain(x: Any) -> Any:
     """Convert NumPy numbers to Python's, also in tuples and lists, as torch.load(weights_only=True) needs."""
     if type(x) in (tuple, list):
         return type(x)(map(plain, x))
-    if type(x).__module__ != "numpy" or not isinstance(x, Real):
-        return x
-    return int(x) if isinstance(x, Integral) else float(x)
+    is_numpy = type(x).__module__ == "numpy" and isinstance(x, Real)
+    return x.item() if is_numpy else x
 
 
 def set_start(group: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .blocks import Exponents
+from .blocks import Exponents, Shape
 from .roots import SOLVERS, inverse_root, update_basis
 from .rules import check_value, one_of
 from .update import accumulate
@@ -34,22 +34,18 @@ class Kronecker:
     PRODUCTS = 1  # of a block with each root or basis per step
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
 
-    def __init__(
-        self, stack: Sequence[int], exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, stack: Shape, exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device):
         def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Tensor | None]:
             """Return zeros (B, d, d) for each dimension with a factor if they are `needed`, None for the others."""
-            return [
-                torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed and name in self.NAMES else None
-                for d, p in zip(block, exponents, strict=True)
-            ]
+            needed = needed and name in self.NAMES
+            return [torch.zeros(size, dtype=dtype, device=device) if size and needed else None for size in sizes]
 
-        blocks, *block = stack
+        sizes = [(stack[0], d, d) if p else None for d, p in zip(stack[1:], exponents, strict=True)]
         self.exponents, self.is_kl = exponents, options["covariance"] == "kl"
         self.factors = matrices("factors")
         self.inv_roots = matrices("inv_roots", torch.bfloat16 if options["bf16_roots"] else dtype)
         self.eigvecs = matrices("eigvecs", needed=SOLVERS[options["solver"]].keeps_basis or self.APPLIED == "eigvecs")
-        self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots, or bases, yet
+        self.rootless = set(range(stack[0])) if any(exponents) else set()  # blocks without roots, or bases, yet
 
     def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
         """A_d <- beta2 A_d + (1 - beta2) U^T U in place, where U = unfold(G, d); for beta2 = 1, A_d <- A_d + U^T U.

@@ -32,10 +32,12 @@ ALONE = Ranks(None, 0, 1)
 
 
 def find_ranks(process_group: Any) -> Ranks:
-    """Return the ranks of a process group or a one-dimensional DeviceMesh; None is the default group if initialized.
+    """Return the ranks of a process group or a one-dimensional DeviceMesh; for None, of the default group if there is one.
 
     Raises ValueError for a group that this process is not in, or any other value; RuntimeError for a mesh of more dimensions.
     """
+    if isinstance(process_group, Ranks):
+        return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE

@@ -10,7 +10,7 @@ batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` t
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import isclose
 from typing import NamedTuple
@@ -221,10 +221,8 @@ def _one_by_one(A: Tensor, compute: Callable[..., Tensor], previous: Tensor) -> 
 def _rescue(A: Tensor, compute: Callable[[Tensor], Tensor], previous: Tensor) -> tuple[Tensor, str]:
     """Return compute(A) for one matrix (1, d, d), or what stands in for it, and how it was found, "" in A's own dtype."""
     for dtype, found in ((A.dtype, ""), (torch.float64, "computed in float64")):
-        try:
+        with suppress(LinAlgError):
             return _finite(compute(_finite(A).to(dtype)).to(A.dtype)), found
-        except LinAlgError:
-            continue
     if previous.any() and torch.isfinite(previous).all():
         return previous.to(A.dtype), "kept as they were"
     return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).unsqueeze(0), "replaced by the identity"

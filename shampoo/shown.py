@@ -66,10 +66,11 @@ class Shown:
 
     def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
         self._buckets, self.gathered = buckets, gathered
+        self._live: Callable[[], Entries] = gathered or (lambda: counts(buckets))
         # What is shown of each parameter, and its `data_ptr`; empty until a user looks
         self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
-        live = self.live() if looked else {}
+        live = self._live() if looked else {}
         for bucket in buckets:
             for p in bucket.params:
                 entry = dict.get(state, p)
@@ -82,15 +83,11 @@ class Shown:
         self._signature = signature(groups, state)
         self.show(live)
 
-    def live(self) -> Entries:
-        """Return each parameter's state; on multiple ranks, `step` alone unless it is gathered."""
-        return counts(self._buckets) if self.gathered is None else self.gathered()
-
     @torch.inference_mode(False)
     def look(self) -> None:
         """Show the live state from now on."""
         if not self.own:
-            self.show(self.live())
+            self.show(self._live())
 
     def show(self, live: Entries) -> None:
         """Put what is not shown yet into the entries, except where a user set another value or cleared the entry."""
@@ -100,14 +97,12 @@ class Shown:
             for key, X in state.items() if not cleared else ():
                 if key not in own and key not in entry:
                     entry[key], own[key] = X, (X, X.data_ptr())
-        self._originals: list[Tensor] = []  # the pieces of state that are shown as copies
-        self._copies: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of pieces of state
         for bucket in self._buckets if self.own else ():
             for key, _, view, X in pieces(bucket):
-                copied = self.own[bucket.params[view.param]].get(key)
-                if copied and copied[0].untyped_storage().data_ptr() != X.untyped_storage().data_ptr():
-                    self._originals.append(X)
-                    self._copies.append(place(view, copied[0]))
+                shown = self.own[bucket.params[view.param]].get(key)
+                if shown and shown[0].untyped_storage().data_ptr() != X.untyped_storage().data_ptr():
+                    self._copies.append((place(view, shown[0]), X))
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
@@ -128,11 +123,11 @@ class Shown:
         """Copy into the live state what users changed in place."""
         for bucket in self._buckets if self.own else ():
             bucket.steps = [read_steps(self.own[p]["step"][0], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
-        copy(self._originals, self._copies)
+        copy([X for _, X in self._copies], [piece for piece, _ in self._copies])
 
     def write(self) -> None:
         """Bring counts and copies up to date after a step."""
         for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
                 self.own[p]["step"][0].fill_(steps)
-        copy(self._copies, self._originals)
+        copy([piece for piece, _ in self._copies], [X for _, X in self._copies])

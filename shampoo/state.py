@@ -49,11 +49,7 @@ class Bucket:
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
-        self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
-
-    def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
-        """Count a rescued root or a non-finite direction (`what`) in `unusual` for each of these blocks of a stack."""
-        self.unusual.update((self.layout.params[stack][block], what) for block in blocks)
+        self.unusual: Counter[tuple[int, str]] = Counter()  # rescued roots and non-finite directions of (parameter index, what)
 
     def zeros(self) -> Tensor:
         """Return a flat vector of zeros for this rank's blocks."""

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from . import update
-from .copies import Inputs, add, chunks, flatten, load, spread, stack_views
+from .copies import Flat, Inputs, add, chunks, flatten, load, spread, stack_views
 from .due import due_blocks
 from .grafting import GRAFTING, Grafting
 from .options import Group
@@ -19,7 +19,7 @@ Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vect
 Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
 
 
-def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Update the state of this rank's blocks by one step; return their directions P, a flat vector, and its `flat_views`.
 
     The weights do not change. `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as
@@ -64,7 +64,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
             P = bucket.preconditioners[i].direction(S, A_S.view_as(S))
             if bad := update.graft(P, A_S.view_as(S), method.sets_length and not bucket.rotates, out=S):
-                bucket.note(i, bad, "directions not finite")
+                bucket.unusual.update((layout.params[i][block], "directions not finite") for block in bad)
 
     # Decoupled decay, then momentum
     if group["weight_decay"] and group["decoupled_weight_decay"]:
@@ -100,7 +100,7 @@ def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Te
     return flatten([preconditioner.rotate(S) for preconditioner, S in zip(preconditioners, stacks, strict=True)])
 
 
-def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Return a bucket's gradients G, negated if maximize, plus coupled decay: a flat vector, and its `flat_views`."""
     G, views = load(bucket.layout, inputs.grads, bucket.dtype, bucket.device)
     if bucket.group["maximize"]:
@@ -152,4 +152,4 @@ def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None
     for i, blocks in found.items():
         own = stack_views(layout.stacks, bc2)[i].flatten(1)[:, :1] if isinstance(bc2, Tensor) else bc2
         for block, cause in bucket.preconditioners[i].refresh(blocks, own, group, V[i]):
-            bucket.note(i, [block], f"roots {cause}")
+            bucket.unusual[layout.params[i][block], f"roots {cause}"] += 1
