@@ -65,7 +65,8 @@ class BucketedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        options.set_start(group)
+        if group["start_preconditioning_step"] is None:  # a later change of the frequency does not move the start
+            group["start_preconditioning_step"] = 1 if group["preconditioner"] == "soap" else group["precondition_frequency"]
 
     def _update_buckets(self) -> None:
         """Bring the buckets up to date with what users changed in `param_groups` and `state`."""

@@ -58,7 +58,7 @@ def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, d
     Elements of parameters whose tensor is None are 0.
     """
     found = [None if X is None else X.contiguous() for X in tensors]
-    make = torch.zeros if any(X is None for X in tensors) else torch.empty
+    make = torch.zeros if [X for X in tensors if X is None] else torch.empty
     flat = make(layout.numel, dtype=dtype, device=device)
     views = flat_views(layout, flat, tensors)
     copy(views, grid_views(layout, found))
@@ -135,10 +135,7 @@ def move(params: Sequence[Tensor], layouts: Sequence[Layout], inputs: Inputs, vi
     if inputs.in_place:
         add(list(chain.from_iterable(inputs.views)), parts, -lr)
         return
-    updates = [
-        None if G is None else torch.zeros(p.shape, dtype=parts[0].dtype, device=p.device)
-        for p, G in zip(params, inputs.grads, strict=True)
-    ]
+    updates = [None if G is None else G.new_zeros(G.shape, dtype=parts[0].dtype) for G in inputs.grads]
     add([view for layout in layouts for view in grid_views(layout, updates)], parts, -lr)
     for p, full_update in zip(params, updates, strict=True):
         if full_update is not None:

@@ -111,29 +111,30 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
     group = bucket.group
     if group["step"] == 0:
         return {}
-    found = defaultdict(list)
+    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     eps, relative, every = group["eps"], group["relative_eps"], group["factor_frequency"]
     counted = [factor_steps(max(1, steps), every) for steps in bucket.steps]
     corrections = [bias_correction(group["betas"][1], t) if group["bias_correction"] else 1.0 for t in counted]
-    for i, preconditioner in enumerate(bucket.preconditioners):
-        state = {(name, d): X.double() for name, d, X in preconditioner.tensors()}
-        for (name, d), factors in state.items():
-            for block, A in enumerate(factors) if name == "factors" else ():
-                X, Q = (state[name, d][block] if (name, d) in state else None for name in ("inv_roots", "eigvecs"))
-                param, applied = bucket.layout.params[i][block], state[preconditioner.APPLIED, d][block]
-                of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
-                fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
-                found[param].append((*of_block, is_missing(applied), fits))
-    figures = {}
-    for param, rows in found.items():
-        condition, rank, residual, missing, fit = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
-        of_param = {"condition": condition.max(), "effective_rank": rank.min(), "roots_missing": missing.mean()}
-        if group["preconditioner"] != "soap":
-            of_param["root_residual"] = residual.max()
-        if not fit.isnan().all():
-            of_param["bases_fit"] = fit.mean()
-        figures[param] = {name: x.item() for name, x in of_param.items()}
-    return figures
+    for params, kept in zip(bucket.layout.params, bucket.preconditioners, strict=True):
+        for p, *stacks in zip(kept.exponents, kept.factors, kept.inv_roots, kept.eigvecs, strict=True):
+            blocks = ([None] * len(params) if S is None else S.double() for S in stacks)
+            for param, A, X, Q in zip(params, *blocks, strict=True) if p else ():
+                of_block = spectrum(A / corrections[param], X, p, eps, relative)
+                figures = dict(zip(("condition", "effective_rank", "root_residual"), of_block, strict=True))
+                figures["roots_missing"] = is_missing(Q if X is None else X)
+                if X is None:
+                    del figures["root_residual"]
+                if Q is not None:
+                    figures["bases_fit"] = basis_fits(A, Q, group["qr_tolerance"])
+                for name, x in figures.items():
+                    found[param][name].append(x)
+    return {param: {name: summary(name, values) for name, values in rows.items()} for param, rows in found.items()}
+
+
+def summary(name: str, values: Sequence[float]) -> float:
+    """Return the smallest, the mean, or the largest value, as `factor_figures` says for this metric; NaN if there is one."""
+    how = {"effective_rank": "min", "roots_missing": "mean", "bases_fit": "mean"}.get(name, "max")
+    return float(getattr(torch.tensor(values, dtype=torch.float64), how)())
 
 
 def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float]:

@@ -82,12 +82,6 @@ def plain(x: Any) -> Any:
     return x.item() if is_numpy else x
 
 
-def set_start(group: dict[str, Any]) -> None:
-    """Replace None for start_preconditioning_step, so that a later change of the frequency does not move it."""
-    if group["start_preconditioning_step"] is None:
-        group["start_preconditioning_step"] = 1 if group["preconditioner"] == "soap" else group["precondition_frequency"]
-
-
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take.
 

@@ -35,7 +35,7 @@ class Kronecker:
     ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
 
     def __init__(self, stack: Shape, exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device):
-        def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Tensor | None]:
+        def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Any]:
             """Return zeros (B, d, d) for each dimension with a factor if they are `needed`, None for the others."""
             needed = needed and name in self.NAMES
             return [torch.zeros(size, dtype=dtype, device=device) if size and needed else None for size in sizes]
@@ -94,7 +94,6 @@ class Kronecker:
         names = ("solver", "relative_eps", *SOLVERS[options["solver"]].options)
         own: dict[str, Any] = {name: value for name, value in options.items() if name in names}
         X, Q = self.inv_roots[d], self.eigvecs[d]
-        assert X is not None
         basis = None if Q is None else Q[rows]
         roots, causes = inverse_root(A, bc2, self.exponents[d], options["eps"], X[rows], basis, **own)
         limit = torch.finfo(X.dtype).max
@@ -184,7 +183,6 @@ class Eigenbasis(Kronecker):
         Where columns of a basis change places, so do the elements of the second moment V (B, d1, ..., dk), in place.
         """
         Q = self.eigvecs[d]
-        assert Q is not None
         assert V is not None
         Q[rows], order, causes = update_basis(A, Q[rows], options["solver"], options["qr_tolerance"])
         if order is not None:

@@ -25,12 +25,11 @@ class State(defaultdict[Any, Any]):
 
 def _looking(name: str) -> Callable[..., Any]:
     """Return a method of dictionaries that calls `look` first."""
-    method = getattr(defaultdict, name)
 
     def call(state: State, *arguments: Any, **named: Any) -> Any:
         """Call `look`, then the method."""
         state.look()
-        return method(state, *arguments, **named)
+        return getattr(defaultdict, name)(state, *arguments, **named)
 
     return call
 

@@ -42,7 +42,9 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         refresh_roots(bucket, t, start, of_params)
 
     # Moments V and M, and the averaged gradient N, which overwrites G, and so `grafted` if that is G
-    grafted = grafted_gradient(bucket, G, stacks)
+    grafted = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
+    if bucket.rotates:
+        grafted = rotate(bucket.preconditioners, stacks)
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
     for part, _, _, factored in parts:
@@ -86,13 +88,6 @@ def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_para
     own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
     beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
     return grafting, beta2, update.bias_corrections(beta2, counts, of_params)
-
-
-def grafted_gradient(bucket: Bucket, G: Tensor, stacks: Sequence[Tensor]) -> Tensor:
-    """Return the gradient that V averages: G, or each block's G / ||G||_F, or G in the preconditioners' coordinates."""
-    if bucket.rotates:
-        return rotate(bucket.preconditioners, stacks)
-    return flatten(list(map(update.normalize, stacks))) if bucket.group["normalized_grafting"] else G
 
 
 def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Tensor:

@@ -134,10 +134,8 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
 def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:
     """Return whether all norms are finite and, given lengths, exact in float32 where the length is not zero. On a CPU."""
     found = norms.flatten().tolist()
-    if not all(map(isfinite, found)) or lengths is None:
+    if lengths is None or (min(found) > SMALLEST_NORM and max(found) < LARGEST_NORM):
         return all(map(isfinite, found))
-    if min(found) > SMALLEST_NORM and max(found) < LARGEST_NORM:
-        return True
     pairs = zip(found, lengths.flatten().tolist(), strict=True)
     return all(SMALLEST_NORM < norm < LARGEST_NORM or norm == length == 0 for norm, length in pairs)
 
