@@ -138,13 +138,11 @@ def block_exponents(block: Sequence[int], options: "Options") -> Exponents | Non
     kept = [ratio is None or d * d <= ratio * prod(block) for d in block]
     if not any(kept) or (order == 1 and (not options["precondition_vectors"] or options["preconditioner"] == "soap")):
         return None
-    if exponents is None:
-        each = [1 / (2 * sum(kept))] * order
-    elif isinstance(exponents, (tuple, list)):
+    if isinstance(exponents, (tuple, list)):
         left, right = exponents
         each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
     else:
-        each = [exponents] * order
+        each = [1 / (2 * sum(kept)) if exponents is None else exponents] * order
     return tuple(options["exponent_multiplier"] * e if keep else 0.0 for e, keep in zip(each, kept, strict=True))
 
 

@@ -26,6 +26,7 @@ from .state import Bucket
 from .update import bias_correction, factor_steps
 
 Figures = dict[str, float]
+Metrics = dict[str, Figures]  # by name of a parameter
 
 
 def weights(optimizer: AdamWShampoo) -> list[Tensor]:
@@ -34,7 +35,7 @@ def weights(optimizer: AdamWShampoo) -> list[Tensor]:
 
 
 @torch.no_grad()
-def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> dict[str, Figures]:
+def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> Metrics:
     """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." with its index among all.
 
     These are `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. The key
@@ -172,9 +173,7 @@ def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
     return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
 
 
-def log_diagnostics(
-    optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None
-) -> dict[str, Figures]:
+def log_diagnostics(optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None) -> Metrics:
     """Write `diagnostics` to a `torch.utils.tensorboard.SummaryWriter`, and return them.
 
     Each finite value is a scalar METRIC/PARAMETER. The log10 of a metric's positive finite values over all parameters is a

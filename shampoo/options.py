@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Annotated, Any, TypedDict, cast, get_type_hints
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
@@ -62,11 +62,6 @@ MARKS = {name: hint.__metadata__ for name, hint in get_type_hints(Options, inclu
 OPTIONS: dict[str, Rule] = {name: marks[0] for name, marks in MARKS.items()}
 
 
-def marked(mark: str) -> list[str]:
-    """Return the names of the options with this mark."""
-    return [name for name, marks in MARKS.items() if mark in marks]
-
-
 class Group(Options):
     """A parameter group."""
 
@@ -82,7 +77,7 @@ def plain(x: Any) -> Any:
     return x.item() if is_numpy else x
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+def check_groups(groups: Sequence[Any]) -> None:
     """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take.
 
     A key that is one edit away from an option is an error, and so is one of NOT_NEEDED that is on. Other keys are allowed,
@@ -94,8 +89,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         if missing := rules.keys() - group.keys():
             raise ValueError(f"group {k} lacks {', '.join(sorted(missing))}; add_param_group() fills in defaults")
         for name, value in group.items():
-            near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS and len(name) > 2 else []
-            if near:
+            if name not in OPTIONS and len(name) > 2 and (near := [option for option in OPTIONS if is_one_edit(name, option)]):
                 raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
             if name in NOT_NEEDED and value:
                 raise ValueError(f"{name} is {value!r}; it must be False or None: AdamWShampoo has no such option")
@@ -108,9 +102,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
             check_parameter(p, name)
             if params[p] > 1:
                 raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
-        own = cast(Options, group)
-        exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), own)}
-        PRECONDITIONERS[group["preconditioner"]].check(own, exponents)
+        exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), group)}
+        PRECONDITIONERS[group["preconditioner"]].check(group, exponents)
 
 
 def is_one_edit(a: str, b: str) -> bool:

@@ -32,7 +32,6 @@ class Kronecker:
     NAMES: tuple[str, ...] = ("factors", "inv_roots", "eigvecs")
     APPLIED = "inv_roots"  # the matrices that `direction` needs
     PRODUCTS = 1  # of a block with each root or basis per step
-    ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
 
     def __init__(self, stack: Shape, exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device):
         def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Any]:
@@ -167,7 +166,6 @@ class Eigenbasis(Kronecker):
     NAMES = ("factors", "eigvecs")
     APPLIED = "eigvecs"
     PRODUCTS = 3  # to rotate the gradient and its average, and the step back
-    ROTATES = True
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
         "solver": one_of("eigh", "qr"),
@@ -222,10 +220,9 @@ def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     For matrix blocks, this is X_1^T N X_2. The order 1, k, k-1, ..., 2 copies N only for inner dimensions.
     """
     for d in (1, *range(len(matrices), 1, -1)):
-        X = matrices[d - 1]
-        if X is None:
+        if (of_dim := matrices[d - 1]) is None:
             continue
-        X = X.to(N.dtype)
+        X = of_dim.to(N.dtype)
         if d == 1:
             N = (X.mT @ N.reshape(*N.shape[:2], -1)).view(N.shape)
         else:

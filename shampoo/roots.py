@@ -190,10 +190,8 @@ def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> 
     matrices, Q = A / s.unsqueeze(2), previous.clone()
     try:
         _finite(s)
-        if solver == "qr":
-            order = turn(matrices, Q, tolerance)[1]
-            return _finite(Q), order, {}
-        return _finite(descending_eigh(matrices)[1]), None, {}
+        order = turn(matrices, Q, tolerance)[1] if solver == "qr" else None
+        return _finite(Q if order is not None else descending_eigh(matrices)[1]), order, {}
     except LinAlgError:
         Q, notes = _one_by_one(matrices, lambda X, b: descending_eigh(X)[1], previous)
         return Q, None, notes

@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoint import Entries, counts, pieces, place
 from .copies import copy
-from .options import STRUCTURAL, Group, marked
+from .options import MARKS, STRUCTURAL, Group
 from .state import Bucket, is_own, read_steps
 
 Gathered = Callable[[], Entries] | None  # returns the state of all parameters; None on a rank that has only a part of it
-STRUCTURE = marked(STRUCTURAL)
+STRUCTURE = [name for name, marks in MARKS.items() if STRUCTURAL in marks]
 
 
 class State(defaultdict[Any, Any]):

@@ -15,7 +15,7 @@ from .assignment import Cost, share_blocks
 from .blocks import Layout, block_exponents, merged_shape, parameter_exponents
 from .grafting import GRAFTING
 from .options import Group
-from .preconditioner import PRECONDITIONERS
+from .preconditioner import PRECONDITIONERS, Kronecker
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Bucket:
         of_stacks = [each or (0.0,) * (len(stack) - 1) for stack, each in zip(self.layout.stacks, exponents, strict=True)]
         new = partial(kind, options=group, dtype=self.dtype, device=self.device)
         self.preconditioners = list(map(new, self.layout.stacks, of_stacks))
-        self.rotates = self.factored and kind.ROTATES
+        self.rotates = self.factored and kind.rotate is not Kronecker.rotate  # into other coordinates
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
@@ -81,8 +81,7 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 factored = bool(parameter_exponents(tuple(p.shape), group))
                 members.setdefault((factored, p.device, dtype), []).append(p)
-        most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
-        for (factored, device, dtype), params in most_expensive_first:
+        for (factored, device, dtype), params in sorted(members.items(), key=lambda item: not item[0][0]):  # costly first
             shapes, flops = [merged_shape(tuple(p.shape), group) for p in params], partial(block_flops, group, factored)
             layouts, loads = share_blocks(shapes, group["block_size"], flops, loads)
             buckets.append(Bucket(group, params, device, dtype, factored, layouts, rank))

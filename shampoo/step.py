@@ -82,9 +82,8 @@ def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_para
 
     That of blocks without factors must scale by V.
     """
-    grafting = GRAFTING[group["grafting"]]
-    if not factored and not grafting.second_moment:
-        grafting = GRAFTING["adam"]
+    chosen = GRAFTING[group["grafting"]]
+    grafting = chosen if factored or chosen.second_moment else GRAFTING["adam"]
     own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
     beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
     return grafting, beta2, update.bias_corrections(beta2, counts, of_params)

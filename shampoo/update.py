@@ -75,11 +75,10 @@ def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> Non
 
 def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None) -> None:
     """V <- beta V + (1 - beta) G * G in place; for beta = 1, a plain sum, clamped as in `accumulate`."""
-    if beta < 1.0:
-        V.mul_(beta if present is None else 1 - (1 - beta) * present)
-    V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
     if beta == 1.0:
-        V.clamp_(max=LARGEST)
+        V.addcmul_(G, G).clamp_(max=LARGEST)
+    else:
+        V.mul_(beta if present is None else 1 - (1 - beta) * present).addcmul_(G, G, value=1 - beta)
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float | Tensor, present: Tensor | None) -> Tensor:
