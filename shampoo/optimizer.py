@@ -184,13 +184,17 @@ class AdamWShampoo(BucketedOptimizer):
                     views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:
-            if self._exchange is not None:
-                for bucket in self._buckets:
-                    attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
-                attempt(self._exchange.run, [], [True, True])
+            self._join_next_exchange()
             raise
         if not self._health.weighed:
             self._health.weigh(self._buckets)
         if self._shown.own:
             self._shown.write()
         return loss
+
+    def _join_next_exchange(self) -> None:
+        """Take part in the other ranks' next step as a rank that failed."""
+        if self._exchange is not None:
+            for bucket in self._buckets:
+                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+            attempt(self._exchange.run, [], [True, True])

@@ -19,6 +19,7 @@ SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's
 COVARIANCES = ("gram", "kl")
 
 Rows = slice | list[int]  # an index of some blocks of a stack
+Notes = list[tuple[int, str]]  # blocks, and what became of a root
 
 
 class Kronecker:
@@ -65,9 +66,7 @@ class Kronecker:
             else:
                 accumulate(A, (U.mT @ U).mul_(scale), beta2, present)
 
-    def refresh(
-        self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None
-    ) -> list[tuple[int, str]]:
+    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None) -> Notes:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's

@@ -42,9 +42,8 @@ class Bucket:
         self.exp_avg = self.zeros() if group["betas"][0] else None
         self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
-        of_stacks = [each or (0.0,) * (len(stack) - 1) for stack, each in zip(self.layout.stacks, exponents, strict=True)]
-        new = partial(kind, options=group, dtype=self.dtype, device=self.device)
-        self.preconditioners = list(map(new, self.layout.stacks, of_stacks))
+        new, stacks = partial(kind, options=group, dtype=self.dtype, device=self.device), self.layout.stacks
+        self.preconditioners = [new(s, each or (0.0,) * (len(s) - 1)) for s, each in zip(stacks, exponents, strict=True)]
         self.rotates = self.factored and kind.rotate is not Kronecker.rotate  # into other coordinates
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state

@@ -47,10 +47,9 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         grafted = rotate(bucket.preconditioners, stacks)
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
-    for part, _, _, factored in parts:
-        some_present, (_, beta2, _) = present if present is None else present[part], methods[factored]
-        if V is not None:
-            update.accumulate_squares(V[part], grafted[part], beta2, some_present)
+    for part, _, _, factored in parts if V is not None else ():
+        _, beta2, _ = methods[factored]
+        update.accumulate_squares(update.at(V, part), grafted[part], beta2, update.at(present, part))
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
