@@ -30,8 +30,8 @@ from runner.loop import Settings, run_trial
 from runner.workloads import load_workload
 from runner.workloads.base import LaptopWorkload
 from shampoo import AdamWShampoo
+from shampoo.blocks import merged_shape
 from shampoo.diagnostics import gradient_figures, log_diagnostics, weights
-from shampoo.factors import merged_shape
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

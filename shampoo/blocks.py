@@ -1,4 +1,4 @@
-"""Merge a parameter's dimensions, cut it into blocks, and stack blocks of one shape. Shapes and offsets only, no tensors.
+"""Merge a parameter's dimensions, cut it into blocks, and stack blocks of one shape; which blocks have factors. No tensors.
 
 Each block is preconditioned separately. A grid is the blocks of one parameter that have one shape: cutting each of k dimensions
 into full chunks and a remainder gives at most 2^k grids, however many blocks there are. A layout collects all blocks of one
@@ -9,9 +9,13 @@ one call for all parameters and a matrix product is one call for all blocks of a
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, product
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # `options` imports this module
+    from .options import Options
 
 Shape = tuple[int, ...]
+Exponents = tuple[float, ...]  # of the inverse roots of a block's dimensions; 0 where there is no factor
 
 
 class Grid(NamedTuple):
@@ -61,14 +65,12 @@ def merge_dims(shape: Shape, block_size: int, max_factor_ratio: float | None = N
     dimension is left. With block_size 1024: (64, 64, 3, 3) -> (64, 576), with c = 1 (64, 64, 9); (512, 512, 3, 3) ->
     (512, 512, 9). Source: the Shampoo submission to the AlgoPerf competition, which has no c.
     """
-    limit, sizes = float(block_size), list(shape)
+    limit, sizes = float(block_size), [size for size in shape if size != 1]
     if max_factor_ratio is not None:
         numel = prod(min(size, block_size) for size in shape)  # merging does not change it
         limit, sizes = min(limit, (max_factor_ratio * numel) ** 0.5), sizes[::-1]
     merged: list[int] = []
     for size in sizes:
-        if size == 1:
-            continue
         if merged and merged[-1] * size <= limit:
             merged[-1] *= size
         else:
@@ -115,3 +117,38 @@ def view(grid: Grid, shape: Shape) -> View:
     between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # strides between blocks
     offset = sum(first * step for first, step in zip(grid.start, stride, strict=True))
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
+
+
+def merged_shape(shape: Shape, options: "Options") -> Shape:
+    """Return the shape that is cut into blocks: `merge_dims` of this shape if the option is on; (1,) for a scalar."""
+    if options["merge_dims"]:
+        return merge_dims(shape, options["block_size"], options["max_factor_ratio"])
+    return shape or (1,)
+
+
+def block_exponents(block: Sequence[int], options: "Options") -> Exponents | None:
+    """Return the exponent of each dimension's inverse root, in the paper 1/p and 1/q, or None for a block without factors.
+
+    A dimension d of a block of n elements has a factor if d^2 <= max_factor_ratio n; those without have the exponent 0. A
+    vector has none if precondition_vectors is False, or with preconditioner "soap". If `exponents` is None, each is 1/(2k) for
+    k factors; if it is a number, each is that number. For a pair (left, right), the first of k dimensions gets left and each
+    other one right/(k-1); a vector gets left + right. All are times `exponent_multiplier`.
+    """
+    order, exponents, ratio = len(block), options["exponents"], options["max_factor_ratio"]
+    kept = [ratio is None or d * d <= ratio * prod(block) for d in block]
+    if not any(kept) or (order == 1 and (not options["precondition_vectors"] or options["preconditioner"] == "soap")):
+        return None
+    if isinstance(exponents, (tuple, list)):
+        left, right = exponents
+        each = [left] + [right / (order - 1)] * (order - 1) if order > 1 else [left + right]
+    else:
+        each = [1 / (2 * sum(kept)) if exponents is None else exponents] * order
+    return tuple(options["exponent_multiplier"] * e if keep else 0.0 for e, keep in zip(each, kept, strict=True))
+
+
+def parameter_exponents(shape: Shape, options: "Options") -> list[Exponents]:
+    """Return the exponents of each shape of a parameter's blocks that have factors; [] if a dimension is >= max_dim."""
+    if max(shape, default=1) >= options["max_dim"]:
+        return []
+    found = [block_exponents(grid.block, options) for grid in cut(merged_shape(shape, options), options["block_size"])]
+    return [exponents for exponents in found if exponents is not None]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ class BucketedOptimizer(Optimizer):
         self._rebuild()
 
     def _initialize(self, params: Any, defaults: dict[str, Any]) -> None:
-        dtypes = one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        check_value("exchange_dtype", self._exchange_dtype, dtypes)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        check_value("exchange_dtype", self._exchange_dtype, one_of(None, *dtypes))
         check_value("max_skipped_steps", self._health.limit, integer(1))
         super().__init__(params, defaults)
 
@@ -52,7 +51,7 @@ class BucketedOptimizer(Optimizer):
         if not hasattr(self, "_buckets"):  # in the constructor, which compares all groups between ranks at once
             self._add(param_group)
             return
-        self._check_exchange()
+        self._update_buckets()
         number = len(self.param_groups)
         try:
             agree(self._ranks, self._add, param_group)
@@ -66,10 +65,16 @@ class BucketedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        options.set_start(group)
+        if group["start_preconditioning_step"] is None:  # a later change of the frequency does not move the start
+            group["start_preconditioning_step"] = 1 if group["preconditioner"] == "soap" else group["precondition_frequency"]
 
     def _update_buckets(self) -> None:
-        """Bring the buckets up to date with what users changed in `param_groups` and `state`."""
+        """Bring the buckets up to date with what users changed in `param_groups` and `state`.
+
+        On multiple ranks, first raise errors of the last step; see `Exchange.check`.
+        """
+        if self._exchange is not None:
+            self._exchange.check()
         if self._shown.changed(self.state, self.param_groups):
             self._rebuild()
         else:
@@ -84,8 +89,7 @@ class BucketedOptimizer(Optimizer):
         """
         groups: Any = self.param_groups
         agree(self._ranks, options.check_groups, groups, describe=lambda _: options.describe(groups))
-        present = [entry for entry in dict.values(self.state) if isinstance(entry, dict)]
-        looked = bool(self._shown.own) or any("step" in entry for entry in present)
+        looked = bool(self._shown.own) or any("step" in entry for entry in dict.values(self.state) if isinstance(entry, dict))
         entries = {p: entry for p, entry in self.state.items() if isinstance(p, Tensor) and isinstance(entry, dict)}
         self._shown.show(checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, None)))
         buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks, checkpoint.MAY_START_LATE)
@@ -97,8 +101,7 @@ class BucketedOptimizer(Optimizer):
         If `looked`, `state` shows their state at once.
         """
         self._buckets, ranks = buckets, self._ranks
-        shared = ranks.size > 1 and buckets
-        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if shared else None
+        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if ranks.size > 1 and buckets else None
         known = zero or ranks.size == 1
         self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 
@@ -113,17 +116,11 @@ class BucketedOptimizer(Optimizer):
         """Return parameter names for error messages."""
         return options.parameter_names(self.param_groups)
 
-    def _check_exchange(self) -> None:
-        """Raise errors of the last step on multiple ranks; see `Exchange.check`."""
-        if self._exchange is not None:
-            self._exchange.check()
-
     def _start_step(self) -> None:
         """Raise pending errors, apply changes of groups and state, and on multiple ranks drop gathered state.
 
         At the first step on multiple ranks, raise ValueError if the `checksum` of a parameter that is no DTensor differs.
         """
-        self._check_exchange()
         self._health.count(self._names)
         self._update_buckets()
         if self._ranks.size > 1:
@@ -148,11 +145,8 @@ class BucketedOptimizer(Optimizer):
             self._update_buckets()
         gathered = self._shown.gathered
         if gathered is None or self._shown.changed(self.state, self.param_groups):
-            raise RuntimeError(
-                f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: call "
-                "consolidate_state_dict() on all ranks after the last step, then state_dict() on the rank that it gathers to; "
-                "for torch.distributed.checkpoint, call consolidate_state_dict(to=None) on all ranks, also before loading"
-            )
+            call = "call consolidate_state_dict() on all ranks; for torch.distributed.checkpoint with to=None, also to load"
+            raise RuntimeError(f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: {call}")
         packed = checkpoint.pack_state_dict(self.param_groups, gathered(), dict(dict.items(self.state)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
@@ -167,10 +161,9 @@ class BucketedOptimizer(Optimizer):
         Raises ValueError if `to` is invalid, or if ranks differ in `to`, parameters, options, or steps, and RuntimeError if
         another rank fails, or as `step` does if ranks differed at the last step.
         """
-        self._check_exchange()
+        self._update_buckets()
         own = [f"argument to={to}", *options.describe(self.param_groups)]
         agree(self._ranks, check_value, "to", to, one_of(None, *range(self._ranks.size)), describe=lambda _: own)
-        self._update_buckets()
         if self._ranks.size > 1:
             entries = checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, to))
             self._show((lambda: entries) if to in (None, self._ranks.rank) else None, bool(self._shown.own))
@@ -191,10 +184,9 @@ class BucketedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        read = partial(checkpoint.read, state_dict, self.param_groups)
-        groups, entries = agree(self._ranks, read, describe=lambda found: options.describe(found[0]))
-        buckets = agree(self._ranks, checkpoint.unpack, groups, entries, self._ranks)
-        self.param_groups = groups
+        arguments = state_dict, self.param_groups, self._ranks
+        found = agree(self._ranks, checkpoint.read, *arguments, describe=lambda found: options.describe(found[0]))
+        self.param_groups, entries, buckets = found
         self.state.clear()  # the same dictionary: wrappers may share it
         self.state.update(checkpoint.foreign(buckets, entries, checkpoint.copied))
         self._install(buckets, checkpoint.is_zero(entries))
@@ -204,9 +196,7 @@ class BucketedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps only defaults, groups, and state
         if self._ranks.size > 1:
-            raise RuntimeError(
-                "an optimizer on multiple ranks cannot be pickled or copied: use consolidate_state_dict() and state_dict()"
-            )
+            raise RuntimeError("an optimizer on multiple ranks cannot be pickled or copied: use state_dict()")
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
         return {**kept, "state": defaultdict(dict, checkpoint.foreign(self._buckets, dict(dict.items(self.state))))}

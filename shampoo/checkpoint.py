@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .blocks import View
 from .copies import flat_views
-from .group import ADDED, OPTIONS, Group, marked
-from .options import check_groups, parameter_names, plain
+from .options import ADDED, MARKS, Group, check_groups, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
@@ -33,7 +32,7 @@ VERSION = 2
 # State that may be missing after a change of groups or of `state`, and then starts at zero.
 MAY_START_LATE = ("exp_avg", "momentum_buffer", "factors", "inv_roots", "eigvecs")
 
-Entries = dict[Tensor, dict[str, Any]]  # the state of each parameter, by key
+Entries = dict[Any, dict[str, Any]]  # the state of each parameter, by key
 
 
 def pieces(bucket: Bucket) -> Iterator[tuple[str, tuple[int, ...], View, Tensor]]:
@@ -65,7 +64,9 @@ def zero_shards(buckets: Sequence[Bucket], ranks: Ranks, device: str = "cpu") ->
 def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[list[Bucket]]:
     """Gather all ranks' buckets on the CPU of rank `to`, or of all ranks if None. A collective, except on one rank.
 
-    Return found[bucket][rank] there, and [] on other ranks. With one rank, these are the buckets themselves.
+    Each rank broadcasts its tensors, one by one, on the bucket's device, which the process group's backend must support; ranks
+    that do not receive drop them. Return found[bucket][rank], and [] on other ranks. With one rank, these are the buckets
+    themselves.
     """
     receives = to in (None, ranks.rank)
     collected = zero_shards(buckets, ranks, "cpu" if receives else "meta")
@@ -73,24 +74,10 @@ def collect(buckets: Sequence[Bucket], ranks: Ranks, to: int | None) -> list[lis
         for owner, shard in enumerate(shards):
             shard.steps = list(own.steps)
             for source, X in zip(tensors(own if owner == ranks.rank else shard), tensors(shard), strict=True):
-                X.copy_(transfer(source, owner, own.device, ranks, to))
+                buffer = source if owner == ranks.rank else torch.empty_like(X, device=own.device)
+                dist.broadcast(buffer, dist.get_global_rank(ranks.group, owner), ranks.group)
+                X.copy_(buffer)
     return collected if receives else []
-
-
-def transfer(X: Tensor, owner: int, device: torch.device, ranks: Ranks, to: int | None) -> Tensor:
-    """Return X of rank `owner` on rank `to`, or on all ranks if None; on other ranks, X gives the shape and dtype alone.
-
-    The tensor is sent between ranks on `device`, which the process group's backend must support.
-    """
-    buffer = X if owner == ranks.rank else torch.empty_like(X, device=device)
-    root = dist.get_global_rank(ranks.group, owner)
-    if to is None:
-        dist.broadcast(buffer, root, ranks.group)
-    elif owner == ranks.rank != to:
-        dist.send(buffer, dist.get_global_rank(ranks.group, to), ranks.group)
-    elif owner != ranks.rank == to:
-        dist.recv(buffer, root, ranks.group)
-    return buffer
 
 
 def counts(buckets: Sequence[Bucket]) -> Entries:
@@ -118,16 +105,12 @@ def pack(buckets: Sequence[Sequence[Bucket]]) -> Entries:
 def pack_state_dict(groups: Sequence[dict[str, Any]], entries: Entries, state: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     """Return the state_dict of groups and `state`, updated with each parameter's entry, with parameters as indices."""
     index = {p: i for i, p in enumerate(chain(*(group["params"] for group in groups)))}
-    packed = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
-    others = {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
-    return {
-        "state": {**packed, **others},
-        "param_groups": [
-            {name: plain(x) for name, x in group.items() if name != "params"} | {"params": [index[p] for p in group["params"]]}
-            for group in groups
-        ],
-        "version": VERSION,
-    }
+    packed: dict[Any, Any] = {i: {**state.get(p, {}), **entries.get(p, {})} for p, i in index.items()}
+    packed.update({key: entry for key, entry in state.items() if not isinstance(key, Tensor)})
+    saved = [
+        {name: plain(x) for name, x in group.items()} | {"params": [index[p] for p in group["params"]]} for group in groups
+    ]
+    return {"state": packed, "param_groups": saved, "version": VERSION}
 
 
 def is_zero(entries: Mapping[Any, Any]) -> bool:
@@ -153,15 +136,13 @@ def unpack(groups: Sequence[Group], saved: Entries, ranks: Ranks, late: Sequence
             return torch.zeros(shape)
         dense = isinstance(X, Tensor) and X.is_floating_point() and X.layout == torch.strided and not X.is_meta
         if not dense or (X.shape != shape and (saved[p]["step"] or X.any())):
-            raise ValueError(
-                f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be a dense floating-point tensor of "
-                f"shape {shape}: if it is another optimizer's, or the parameter or an option such as block_size changed, undo "
-                "that or delete the parameter's state"
-            )
+            needed = f"a dense floating-point tensor of shape {shape}: if it is another optimizer's, or a shape or an option"
+            undo = "such as block_size changed, undo that or delete the parameter's state"
+            raise ValueError(f"the state of {names[p]} holds {describe_tensor(X)} for {key}; it must be {needed} {undo}")
         X = X.to(dtype).contiguous() if X.shape == shape else torch.zeros(shape)
-        if not X.isfinite().all() or (key.endswith("exp_avg_sq") and (X < 0).any()):
-            kinds = "finite and nonnegative" if key.endswith("exp_avg_sq") else "finite"
-            raise ValueError(f"the state of {names[p]} has elements of {key} that are not {kinds}")
+        squares = key.endswith("exp_avg_sq")
+        if not X.isfinite().all() or (squares and (X < 0).any()):
+            raise ValueError(f"the state of {names[p]} has elements of {key} that are not finite{' and nonnegative' * squares}")
         return X
 
     for bucket in buckets:
@@ -170,8 +151,8 @@ def unpack(groups: Sequence[Group], saved: Entries, ranks: Ranks, late: Sequence
             if kept[i]:
                 bucket.steps[i] = read_steps(saved[p].get("step"), names[p])
             elif p.requires_grad and not late:
-                keys = ", ".join(("step", *dict(moments(bucket))))
-                raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is no {keys}")
+                keys = ", ".join(sorted(bucket.names))
+                raise ValueError(f"the state of {names[p]} is missing, or another optimizer's: there is none of {keys}")
         for key, shape, view, X in pieces(bucket):
             if kept[view.param]:
                 X.copy_(place(view, find(bucket.params[view.param], key, shape, bucket.dtype)))
@@ -203,20 +184,18 @@ def copied(x: Any, device: torch.device) -> Any:
     return x.to(device, copy=True) if isinstance(x, Tensor) else deepcopy(x)
 
 
-def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tuple[list[Group], dict[Any, dict[str, Any]]]:
-    """Return the groups with the options of a state_dict, and its state, with parameters as keys instead of indices.
+def read(state_dict: Mapping[str, Any], groups: Sequence[Any], ranks: Ranks) -> tuple[list[Group], Entries, list[Bucket]]:
+    """Return the groups with the options of a state_dict, its state, with parameters as keys instead of indices, and `unpack`.
 
     Other keys are unchanged. Raises ValueError if it is not a state_dict, for an unknown version, for groups of other sizes,
-    and for options that are missing or out of range.
+    for options that are missing or out of range, and as `unpack`.
     """
     try:
-        saved, entries = [{**group} for group in state_dict["param_groups"]], {**state_dict["state"]}
-        keys = [list(group["params"]) for group in saved]
+        options, entries = [{**group} for group in state_dict["param_groups"]], {**state_dict["state"]}
+        keys = [list(group.pop("params")) for group in options]
         entries.update({key: {**entries.get(key, {})} for key in chain(*keys)})
-        options = [
-            {name: plain(deepcopy(x)) for name, x in group.items() if name not in ("params", "param_names")} for group in saved
-        ]
-        version = state_dict.get("version", VERSION if any("step" in entries[key] for key in chain(*keys)) else 1)
+        options = [{name: plain(deepcopy(x)) for name, x in group.items() if name != "param_names"} for group in options]
+        version = state_dict.get("version", 1)  # where it is lost, steps that are there stay
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not an optimizer's state_dict: reading param_groups and state raised {error!r}") from error
     check_value("the state_dict's version", version, one_of(*range(1, VERSION + 1)))
@@ -224,8 +203,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tup
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     for k, of_group in enumerate(options):
-        missing = {*OPTIONS, "step"} - {*marked(ADDED)} - of_group.keys()
-        if missing:
+        if missing := {"step", *(name for name, marks in MARKS.items() if ADDED not in marks)} - of_group.keys():
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
     check_groups(found)
@@ -234,4 +212,4 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> tup
     for group in found if version == 1 else ():
         for p in group["params"]:
             state[p] = {"step": group["step"], **state[p]} if state.get(p) else {}
-    return found, state
+    return found, state, unpack(found, state, ranks)

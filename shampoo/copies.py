@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import Layout
+from .blocks import Layout, Shape
+
+Flat = tuple[Tensor, list[Tensor]]  # a flat vector and its `flat_views`
 
 
-def stack_views(stacks: Sequence[tuple[int, ...]], flat: Tensor) -> list[Tensor]:
+def stack_views(stacks: Sequence[Shape], flat: Tensor) -> list[Tensor]:
     """Return views of a flat vector as stacks of these shapes, each (B, d1, ..., dk)."""
     parts = torch.split_with_sizes(flat, list(map(prod, stacks)))
     return list(map(Tensor.view, parts, stacks))
@@ -50,15 +52,13 @@ def add(targets: list[Tensor], sources: list[Tensor], scale: float) -> None:
         torch._foreach_add_(targets, sources, alpha=scale)
 
 
-def load(
-    layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
+def load(layout: Layout, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Flat:
     """Copy tensors, one per parameter and of its shape, into a new flat vector; return it and its `flat_views`.
 
     Elements of parameters whose tensor is None are 0.
     """
     found = [None if X is None else X.contiguous() for X in tensors]
-    make = torch.zeros if any(X is None for X in tensors) else torch.empty
+    make = torch.zeros if [X for X in tensors if X is None] else torch.empty
     flat = make(layout.numel, dtype=dtype, device=device)
     views = flat_views(layout, flat, tensors)
     copy(views, grid_views(layout, found))
@@ -82,9 +82,7 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
 
 
 @lru_cache(maxsize=256)
-def chunks(
-    stacks: tuple[tuple[int, ...], ...], kinds: tuple[bool, ...], numel: int
-) -> list[tuple[slice, slice, list[int], bool]]:
+def chunks(stacks: tuple[Shape, ...], kinds: tuple[bool, ...], numel: int) -> list[tuple[slice, slice, list[int], bool]]:
     """Split the stacks into runs of one kind and of at most `numel` elements; a larger stack is a run of its own.
 
     Return for each run its slice of the flat vector, its slice of the list of stacks, the number of elements per stack, and
@@ -131,18 +129,13 @@ def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> I
     return Inputs(grads, [grid_views(layout, weights) for layout in layouts], in_place)
 
 
-def move(
-    params: Sequence[Tensor], layouts: Sequence[Layout], inputs: Inputs, directions: list[list[Tensor]], lr: float
-) -> None:
-    """W <- W - lr P in place for each parameter with a gradient; `directions` are the `flat_views` of each rank's P."""
-    parts = list(chain.from_iterable(directions))
+def move(params: Sequence[Tensor], layouts: Sequence[Layout], inputs: Inputs, views: list[list[Tensor]], lr: float) -> None:
+    """W <- W - lr P in place for each parameter with a gradient; `views` are the `flat_views` of each rank's P."""
+    parts = list(chain.from_iterable(views))
     if inputs.in_place:
         add(list(chain.from_iterable(inputs.views)), parts, -lr)
         return
-    updates = [
-        None if G is None else torch.zeros(p.shape, dtype=parts[0].dtype, device=p.device)
-        for p, G in zip(params, inputs.grads, strict=True)
-    ]
+    updates = [None if G is None else G.new_zeros(G.shape, dtype=parts[0].dtype) for G in inputs.grads]
     add([view for layout in layouts for view in grid_views(layout, updates)], parts, -lr)
     for p, full_update in zip(params, updates, strict=True):
         if full_update is not None:
@@ -180,11 +173,9 @@ def add_full(x: Tensor, update: Tensor) -> None:
 def checksum(x: Tensor) -> int:
     """Return sum_ij (1000003 i + 998244353 j) b_ij modulo 2^64 over i, j >= 1, to tell different tensors apart.
 
-    b is x with its bits as integers, and all dimensions but the first flattened.
+    b is x with its bits as integers, and all dimensions but the first flattened; a vector is one row.
     """
-    if not x.numel():
-        return 0
     bits = x.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
-    rows = bits.reshape(x.shape[0] if x.dim() else 1, -1)
+    rows = torch.atleast_2d(bits).flatten(1)
     sums = {998244353: rows.sum(dim=0, dtype=torch.int64), 1000003: rows.sum(dim=1, dtype=torch.int64)}
     return sum(int((S * (k * torch.arange(1, 1 + len(S), device=S.device))).sum()) for k, S in sums.items())

@@ -26,6 +26,7 @@ from .state import Bucket
 from .update import bias_correction, factor_steps
 
 Figures = dict[str, float]
+Metrics = dict[str, Figures]  # by name of a parameter
 
 
 def weights(optimizer: AdamWShampoo) -> list[Tensor]:
@@ -34,7 +35,7 @@ def weights(optimizer: AdamWShampoo) -> list[Tensor]:
 
 
 @torch.no_grad()
-def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> dict[str, Figures]:
+def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> Metrics:
     """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." with its index among all.
 
     These are `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. The key
@@ -47,18 +48,15 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     """
     params = list(optimizer._names())
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
-        raise ValueError(
-            f"before holds tensors of shapes {[tuple(W.shape) for W in before]}; it must hold a copy of each of the "
-            f"optimizer's {len(params)} parameters from before the step, as weights(optimizer) returns"
-        )
+        found, needed = [tuple(W.shape) for W in before], f"the optimizer's {len(params)} parameters from before the step"
+        raise ValueError(f"before holds tensors of shapes {found}; it must be weights(optimizer), {needed}")
     earlier = dict(zip(params, before, strict=True)) if before is not None else {}
     figures: dict[Tensor, Figures] = {}
     for bucket in optimizer._buckets:
         of_factors = factor_figures(bucket)
         owned = {grid.param for grids in bucket.layout.grids for grid in grids}
         for i, (p, shape) in enumerate(zip(bucket.params, bucket.layout.shapes, strict=True)):
-            G, W = full_gradient(p), full_tensor(p)
-            W_before = full_tensor(earlier[p]) if p in earlier else None
+            G, W, W_before = full_gradient(p), full_tensor(p), full_tensor(earlier.get(p))
             if i in owned:
                 figures[p] = gradient_figures(G, shape) | weight_figures(W, W_before) | of_factors.get(i, {})
     steps, skipped = max(group["step"] for group in optimizer.param_groups), optimizer.events["steps skipped"]
@@ -114,29 +112,30 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
     group = bucket.group
     if group["step"] == 0:
         return {}
-    found = defaultdict(list)
+    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     eps, relative, every = group["eps"], group["relative_eps"], group["factor_frequency"]
     counted = [factor_steps(max(1, steps), every) for steps in bucket.steps]
     corrections = [bias_correction(group["betas"][1], t) if group["bias_correction"] else 1.0 for t in counted]
-    for i, preconditioner in enumerate(bucket.preconditioners):
-        state = {(name, d): X.double() for name, d, X in preconditioner.tensors()}
-        for (name, d), factors in state.items():
-            for block, A in enumerate(factors) if name == "factors" else ():
-                X, Q = (state[name, d][block] if (name, d) in state else None for name in ("inv_roots", "eigvecs"))
-                param, applied = bucket.layout.params[i][block], state[preconditioner.APPLIED, d][block]
-                of_block = spectrum(A / corrections[param], X, preconditioner.exponents[d], eps, relative)
-                fits = basis_fits(A, Q, group["qr_tolerance"]) if Q is not None else nan
-                found[param].append((*of_block, is_missing(applied), fits))
-    figures = {}
-    for param, rows in found.items():
-        condition, rank, residual, missing, fit = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
-        of_param = {"condition": condition.max(), "effective_rank": rank.min(), "roots_missing": missing.mean()}
-        if group["preconditioner"] != "soap":
-            of_param["root_residual"] = residual.max()
-        if not fit.isnan().all():
-            of_param["bases_fit"] = fit.mean()
-        figures[param] = {name: x.item() for name, x in of_param.items()}
-    return figures
+    for params, kept in zip(bucket.layout.params, bucket.preconditioners, strict=True):
+        for p, *stacks in zip(kept.exponents, kept.factors, kept.inv_roots, kept.eigvecs, strict=True):
+            blocks = ([None] * len(params) if S is None else S.double() for S in stacks)
+            for param, A, X, Q in zip(params, *blocks, strict=True) if p else ():
+                of_block = spectrum(A / corrections[param], X, p, eps, relative)
+                figures = dict(zip(("condition", "effective_rank", "root_residual"), of_block, strict=True))
+                figures["roots_missing"] = is_missing(Q if X is None else X)
+                if X is None:
+                    del figures["root_residual"]
+                if Q is not None:
+                    figures["bases_fit"] = basis_fits(A, Q, group["qr_tolerance"])
+                for name, x in figures.items():
+                    found[param][name].append(x)
+    return {param: {name: summary(name, values) for name, values in rows.items()} for param, rows in found.items()}
+
+
+def summary(name: str, values: Sequence[float]) -> float:
+    """Return the smallest, the mean, or the largest value, as `factor_figures` says for this metric; NaN if there is one."""
+    how = {"effective_rank": "min", "roots_missing": "mean", "bases_fit": "mean"}.get(name, "max")
+    return float(getattr(torch.tensor(values, dtype=torch.float64), how)())
 
 
 def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bool) -> tuple[float, float, float]:
@@ -174,9 +173,7 @@ def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
     return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
 
 
-def log_diagnostics(
-    optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None
-) -> dict[str, Figures]:
+def log_diagnostics(optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None) -> Metrics:
     """Write `diagnostics` to a `torch.utils.tensorboard.SummaryWriter`, and return them.
 
     Each finite value is a scalar METRIC/PARAMETER. The log10 of a metric's positive finite values over all parameters is a

@@ -22,9 +22,7 @@ def due_blocks(stacks: Stacks, t: int, start: int, frequency: int, stagger: bool
         return []
     late = start - first if t == start else frequency - 1  # at `start`, all that had no turn from `first` on
     since = first if t == start else t - frequency + 1
-    return [
-        [b for b, phase in enumerate(of_stack) if (phase - since) % frequency >= late] for of_stack in phases(stacks, frequency)
-    ]
+    return [[b for b, phase in enumerate(row) if (phase - since) % frequency >= late] for row in phases(stacks, frequency)]
 
 
 @lru_cache(maxsize=256)

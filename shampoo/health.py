@@ -36,6 +36,11 @@ def copy_to_host(x: Tensor) -> Callable[[], Any]:
     return read
 
 
+def some(names: Sequence[str]) -> str:
+    """Return the first five names, and how many others there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+
+
 def waits(x: Tensor) -> bool:
     """Return whether reading x makes the host wait for its device, that is, whether x is not on the CPU."""
     return x.device.type != "cpu"
@@ -68,10 +73,8 @@ class Health:
             found = [(p, G) for p, G in zip(bucket.params, of_bucket.grads, strict=True) if G is not None]
             for p, G in found:
                 if G.layout != torch.strided or G.is_complex() or G.is_meta:
-                    raise RuntimeError(
-                        f"the gradient of {names()[p]} has layout {G.layout} and dtype {G.dtype} on {G.device}; it must be "
-                        "dense and real (for an embedding: sparse=False)"
-                    )
+                    kind = f"has layout {G.layout} and dtype {G.dtype} on {G.device}; it must be dense and real"
+                    raise RuntimeError(f"the gradient of {names()[p]} {kind} (for an embedding: sparse=False)")
             if found:
                 params, grads = zip(*found, strict=True)
                 norms.append(torch.stack(torch._foreach_norm(grads, 2, bucket.dtype)))
@@ -95,13 +98,11 @@ class Health:
             return False
         self.consecutive += 1
         self.events["steps skipped"] += 1
-        which = ", ".join(names()[p] for p in bad[:5]) + (f" and {len(bad) - 5} others" if len(bad) > 5 else "")
-        seen = f"the gradients of {which} hold NaN or Inf, or their squared norms overflow"
+        seen = f"the gradients of {some([names()[p] for p in bad])} hold NaN or Inf, or their squared norms overflow"
         logger.warning("skipped a step (%d in a row): %s", self.consecutive, seen)
         if self.consecutive >= self.limit:
-            raise FloatingPointError(
-                f"{self.consecutive} steps in a row were skipped, and max_skipped_steps is {self.limit}: at the last one {seen}"
-            )
+            steps = f"{self.consecutive} steps in a row were skipped, and max_skipped_steps is {self.limit}"
+            raise FloatingPointError(f"{steps}: at the last one {seen}")
         return True
 
     def __getstate__(self) -> dict[str, Any]:  # without norms, which may still be on the device
@@ -116,12 +117,9 @@ class Health:
         self.weighed = True
         total, numel = sum(X.nbytes for bucket in buckets for X in tensors(bucket)), sum(b.layout.numel for b in buckets)
         if total > NOTABLE * numel:
-            logger.warning(
-                "the optimizer's state takes %.0f bytes per element of the parameters, %.3g MB (AdamW's takes 8): "
-                "shampoo.memory.state_bytes(model, ...) tells which parameters take how much; max_factor_ratio=1 bounds it",
-                total / numel,
-                total / 1e6,
-            )
+            size = f"{total / numel:.0f} bytes per element of the parameters, {total / 1e6:.3g} MB (AdamW's takes 8)"
+            tip = "shampoo.memory.state_bytes(model, ...) tells which parameters take how much; max_factor_ratio=1 bounds it"
+            logger.warning("the optimizer's state takes %s: %s", size, tip)
 
     def report(self, bucket: Bucket, names: Names) -> None:
         """Add a bucket's rescued roots and non-finite directions to `events`, and log the first of each kind."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .group import OPTIONS
+from .options import OPTIONS
 from .roots import QR_TOLERANCE
 from .rules import BOOL, Rule, check_value, integer, one_of, real
 from .schedule import SCHEDULES, TAILS
@@ -14,11 +14,7 @@ SAME = (
     "weight_decay", "nesterov", "nadam", "block_size", "precondition_frequency", "exponent_multiplier", "grafting",
     "normalized_grafting",
 )  # fmt: skip
-SAME_OPTIONAL = (
-    "exponents", "solver", "qr_tolerance", "relative_eps", "stagger", "factor_frequency", "precondition_vectors", "bf16_roots",
-    "preconditioner", "covariance", "max_factor_ratio", "grafting_beta2", "unfactored_beta2", "cautious_decay",
-)  # fmt: skip
-COMPETITION: dict[str, Any] = {  # the options that the competition's points leave out, at the values that they had there
+COMPETITION: dict[str, Any] = {  # options that the competition's points leave out, at the values that they had there
     "decoupled_weight_decay": True, "cautious_decay": False, "maximize": False, "bias_correction": True, "merge_dims": True,
     "max_dim": 1_000_000, "factor_frequency": 1, "preconditioner": "shampoo", "covariance": "gram", "max_factor_ratio": None,
     "grafting_beta2": None, "unfactored_beta2": None, "relative_eps": False, "solver": "eigh", "qr_tolerance": QR_TOLERANCE,
@@ -46,7 +42,7 @@ OPTIONAL: dict[str, Rule] = {
     "grad_clip": real(0, above=True),  # maximum norm of all gradients together
     "schedule": one_of(*SCHEDULES),  # "cosine" by default
     "averaging": BOOL,  # whether evaluations see averages of the weights; False by default
-    **{name: OPTIONS[name] for name in SAME_OPTIONAL},
+    **{name: OPTIONS[name] for name in ("exponents", *COMPETITION)},
 }
 
 
@@ -54,10 +50,8 @@ def check_point(point: Mapping[str, Any]) -> None:
     """Raise ValueError unless the point has all keys of POINT, none but those and OPTIONAL's, and every value is allowed."""
     missing, unknown = POINT.keys() - point.keys(), point.keys() - POINT.keys() - OPTIONAL.keys()
     if missing or unknown:
-        raise ValueError(
-            f"a point of the search space must have the keys {sorted(POINT)} and may have {sorted(OPTIONAL)}; "
-            f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
-        )
+        allowed = f"must have the keys {sorted(POINT)} and may have {sorted(OPTIONAL)}"
+        raise ValueError(f"a point of the search space {allowed}; missing: {sorted(missing)}, unknown: {sorted(unknown)}")
     for key, value in point.items():
         check_value(f"hyperparameter {key}", value, (POINT | OPTIONAL)[key])
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
-from .copies import Inputs, attempt, flat_views, move, read
-from .group import OPTIONS
-from .options import plain
+from .copies import Flat, Inputs, attempt, flat_views, move, read
+from .options import OPTIONS, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -51,7 +50,7 @@ class AdamWShampoo(BucketedOptimizer):
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c: a dimension d of a block of n elements has a factor only if d^2 <= c n, so that each factor and its
             root take at most 2 c n elements; None: no limit. c = 1 leaves out vectors and the long sides of thin matrices.
-        exponents, exponent_multiplier: see `factors.block_exponents`; None is 1/(2k) for each of a block's k factors. For
+        exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
             "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].
@@ -153,7 +152,7 @@ class AdamWShampoo(BucketedOptimizer):
             inputs, error = [*inputs, found], error or failure
 
         # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
-        directions: list[tuple[Tensor, list[Tensor]]] = []  # P and its `flat_views`
+        directions: list[Flat] = []
         skip = error is not None
         try:
             if not skip:

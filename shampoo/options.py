@@ -1,54 +1,101 @@
-"""Checks of options, parameter groups, and parameters, and how error messages name them."""
+"""The options of a parameter group, their types, and their rules; checks of groups, and how error messages name parameters."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, cast
+from numbers import Real
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .factors import parameter_exponents
-from .group import OPTIONS, Options
-from .preconditioner import PRECONDITIONERS
-from .rules import check_value, integer
+from .blocks import parameter_exponents
+from .grafting import GRAFTING
+from .preconditioner import COVARIANCES, PRECONDITIONERS
+from .roots import SOLVERS
+from .rules import BOOL, EXPONENT, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
 
-# Options of other torch optimizers that groups may have only if they are off, and why.
-NOT_NEEDED = {
-    "amsgrad": "AdamWShampoo has no counterpart",
-    "foreach": "updates are always batched",
-    "fused": "updates are always batched",
-    "capturable": "step counts are on the host",
-    "differentiable": "weights are updated in place",
-}
+STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
+ADDED = "may be missing in a state_dict"
+NOT_NEEDED = {  # other optimizers' options, which groups may have if they are off, and why
+    "amsgrad": "AdamWShampoo has no counterpart", "foreach": "updates are always batched", "fused": "updates are always batched",
+    "capturable": "step counts are on the host", "differentiable": "weights are updated in place",
+}  # fmt: skip
+
+
+class Options(TypedDict):
+    """The options of a parameter group; `AdamWShampoo` documents them. After its rule, an option may have the marks above."""
+
+    lr: Annotated[float | Tensor, either(real(0), scalar(real(0)))]
+    maximize: Annotated[bool, BOOL, ADDED]
+    betas: Annotated[tuple[float, float], pair(real(0, 1, below=True), real(0, 1))]
+    eps: Annotated[float, real(0, above=True)]
+    weight_decay: Annotated[float, real(0)]
+    decoupled_weight_decay: Annotated[bool, BOOL]
+    cautious_decay: Annotated[bool, BOOL, ADDED]
+    momentum: Annotated[float, real(0, 1, below=True)]
+    nesterov: Annotated[bool, BOOL]
+    nadam: Annotated[bool, BOOL]
+    bias_correction: Annotated[bool, BOOL]
+    block_size: Annotated[int, integer(1), STRUCTURAL]
+    merge_dims: Annotated[bool, BOOL, STRUCTURAL]
+    max_dim: Annotated[int, integer(1), STRUCTURAL]
+    precondition_frequency: Annotated[int, integer(1)]
+    factor_frequency: Annotated[int, integer(1), ADDED]
+    start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
+    preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL, ADDED]
+    covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL, ADDED]
+    max_factor_ratio: Annotated[float | None, either(real(0, above=True), NONE), STRUCTURAL, ADDED]
+    exponents: Annotated[float | tuple[float, float] | None, either(EXPONENT, pair(EXPONENT, EXPONENT), NONE), STRUCTURAL]
+    exponent_multiplier: Annotated[float, real(0), STRUCTURAL]
+    grafting: Annotated[str, one_of(*GRAFTING), STRUCTURAL]
+    grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
+    unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE), ADDED]
+    grafting_eps: Annotated[float, real(0)]
+    normalized_grafting: Annotated[bool, BOOL]
+    relative_eps: Annotated[bool, BOOL]
+    solver: Annotated[str, one_of(*SOLVERS), STRUCTURAL]
+    qr_tolerance: Annotated[float, real(0, 1), ADDED]
+    stagger: Annotated[bool, BOOL]
+    precondition_vectors: Annotated[bool, BOOL, STRUCTURAL]
+    bf16_roots: Annotated[bool, BOOL, STRUCTURAL]
+
+
+MARKS = {name: hint.__metadata__ for name, hint in get_type_hints(Options, include_extras=True).items()}  # rules first
+OPTIONS: dict[str, Rule] = {name: marks[0] for name, marks in MARKS.items()}
+
+
+class Group(Options):
+    """A parameter group."""
+
+    params: list[Tensor]
+    step: int  # number of steps in which any parameter of the group had a gradient
 
 
 def plain(x: Any) -> Any:
     """Convert NumPy numbers to Python's, also in tuples and lists, as torch.load(weights_only=True) needs."""
     if type(x) in (tuple, list):
         return type(x)(map(plain, x))
-    if type(x).__module__ != "numpy" or not isinstance(x, Real):
-        return x
-    return int(x) if isinstance(x, Integral) else float(x)
+    is_numpy = type(x).__module__ == "numpy" and isinstance(x, Real)
+    return x.item() if is_numpy else x
 
 
-def set_start(group: dict[str, Any]) -> None:
-    """Replace None for start_preconditioning_step, so that a later change of the frequency does not move it."""
-    if group["start_preconditioning_step"] is None:
-        group["start_preconditioning_step"] = 1 if group["preconditioner"] == "soap" else group["precondition_frequency"]
+def check_groups(groups: Sequence[Any]) -> None:
+    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take.
 
-
-def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for an invalid option or parameter of a group, or exponents that its solver cannot take."""
+    A key that is one edit away from an option is an error, and so is one of NOT_NEEDED that is on. Other keys are allowed,
+    since schedulers and libraries add their own to groups.
+    """
     params = Counter(p for group in groups for p in group["params"])
     rules = {**OPTIONS, "step": integer(0)}
     for k, group in enumerate(groups):
         if missing := rules.keys() - group.keys():
-            raise ValueError(
-                f"group {k} lacks {', '.join(sorted(missing))}; add groups with add_param_group(), which fills in defaults"
-            )
-        check_names(group)
+            raise ValueError(f"group {k} lacks {', '.join(sorted(missing))}; add_param_group() fills in defaults")
+        for name, value in group.items():
+            if name not in OPTIONS and len(name) > 2 and (near := [option for option in OPTIONS if is_one_edit(name, option)]):
+                raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
+            if name in NOT_NEEDED and value:
+                raise ValueError(f"{name} is {value!r}; it must be False or None: {NOT_NEEDED[name]}")
         for name, rule in rules.items():
             check_value(name, group[name], rule)
         for i, p in enumerate(group["params"]):
@@ -58,22 +105,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
             check_parameter(p, name)
             if params[p] > 1:
                 raise ValueError(f"{name} of group {k} appears {params[p]} times in param_groups; keep it once")
-        own = cast(Options, group)
-        exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), own)}
-        PRECONDITIONERS[group["preconditioner"]].check(own, exponents)
-
-
-def check_names(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that is one edit away from an option, and for a key of NOT_NEEDED that is on.
-
-    Other unknown keys are allowed, since schedulers and libraries add their own to groups.
-    """
-    for name, value in group.items():
-        near = [option for option in OPTIONS if is_one_edit(name, option)] if name not in OPTIONS and len(name) > 2 else []
-        if near:
-            raise ValueError(f"a parameter group has the unknown option {name}; did you mean {near[0]}?")
-        if name in NOT_NEEDED and value:
-            raise ValueError(f"{name} is {value!r}; it must be False or None: {NOT_NEEDED[name]}")
+        exponents = {each for p in group["params"] if not is_lazy(p) for each in parameter_exponents(tuple(p.shape), group)}
+        PRECONDITIONERS[group["preconditioner"]].check(group, exponents)
 
 
 def is_one_edit(a: str, b: str) -> bool:
@@ -111,12 +144,8 @@ def overlaps(p: Tensor) -> bool:
 
     They may if a stride is at most the sum of (size - 1) * stride over the dimensions with smaller strides.
     """
-    reach = 0
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
+    dims = sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1)
+    return any(dims[i][0] <= sum(stride * (size - 1) for stride, size in dims[:i]) for i in range(len(dims)))
 
 
 def check_parameter(p: Tensor, name: str) -> None:

@@ -2,22 +2,24 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from math import isclose, prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .blocks import Exponents, Shape
 from .roots import SOLVERS, inverse_root, update_basis
 from .rules import check_value, one_of
 from .update import accumulate
 
-if TYPE_CHECKING:  # `group` needs PRECONDITIONERS
-    from .group import Options
+if TYPE_CHECKING:  # `options` needs PRECONDITIONERS
+    from .options import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
 COVARIANCES = ("gram", "kl")
 
 Rows = slice | list[int]  # an index of some blocks of a stack
+Notes = list[tuple[int, str]]  # blocks, and what became of a root
 
 
 class Kronecker:
@@ -31,24 +33,19 @@ class Kronecker:
     NAMES: tuple[str, ...] = ("factors", "inv_roots", "eigvecs")
     APPLIED = "inv_roots"  # the matrices that `direction` needs
     PRODUCTS = 1  # of a block with each root or basis per step
-    ROTATES = False  # whether the grafting method acts in other coordinates; see `rotate`
 
-    def __init__(
-        self, stack: Sequence[int], exponents: tuple[float, ...], options: "Options", dtype: torch.dtype, device: torch.device
-    ):
-        def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Tensor | None]:
+    def __init__(self, stack: Shape, exponents: Exponents, options: "Options", dtype: torch.dtype, device: torch.device):
+        def matrices(name: str, dtype: torch.dtype = dtype, needed: bool = True) -> list[Any]:
             """Return zeros (B, d, d) for each dimension with a factor if they are `needed`, None for the others."""
-            return [
-                torch.zeros(blocks, d, d, dtype=dtype, device=device) if p and needed and name in self.NAMES else None
-                for d, p in zip(block, exponents, strict=True)
-            ]
+            needed = needed and name in self.NAMES
+            return [torch.zeros(size, dtype=dtype, device=device) if size and needed else None for size in sizes]
 
-        blocks, *block = stack
+        sizes = [(stack[0], d, d) if p else None for d, p in zip(stack[1:], exponents, strict=True)]
         self.exponents, self.is_kl = exponents, options["covariance"] == "kl"
         self.factors = matrices("factors")
         self.inv_roots = matrices("inv_roots", torch.bfloat16 if options["bf16_roots"] else dtype)
         self.eigvecs = matrices("eigvecs", needed=SOLVERS[options["solver"]].keeps_basis or self.APPLIED == "eigvecs")
-        self.rootless = set(range(blocks)) if any(exponents) else set()  # blocks without roots, or bases, yet
+        self.rootless = set(range(stack[0])) if any(exponents) else set()  # blocks without roots, or bases, yet
 
     def update(self, G: Tensor, beta2: float, present: Tensor | None) -> None:
         """A_d <- beta2 A_d + (1 - beta2) U^T U in place, where U = unfold(G, d); for beta2 = 1, A_d <- A_d + U^T U.
@@ -69,9 +66,7 @@ class Kronecker:
             else:
                 accumulate(A, (U.mT @ U).mul_(scale), beta2, present)
 
-    def refresh(
-        self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None
-    ) -> list[tuple[int, str]]:
+    def refresh(self, blocks: Sequence[int], bc2: float | Tensor, options: "Options", V: Tensor | None) -> Notes:
         """X_d <- (A_d / bc2 + eps I)^(-p_d) for these blocks; with relative_eps, eps times the trace of A_d / bc2 replaces eps.
 
         bc2 is a number or (B, 1), and 1 in the paper. Return (block, what became of its root) for each root that the state's
@@ -94,14 +89,11 @@ class Kronecker:
 
     def solve(self, d: int, A: Tensor, rows: Rows, bc2: float | Tensor, options: "Options", V: Tensor | None) -> dict[int, str]:
         """Set the roots of dimension d (from 0) of these rows from their factors A; return notes, as `roots.inverse_root`."""
-        own = {name: value for name, value in options.items() if name in SOLVERS[options["solver"]].options}
+        names = ("solver", "relative_eps", *SOLVERS[options["solver"]].options)
+        own: dict[str, Any] = {name: value for name, value in options.items() if name in names}
         X, Q = self.inv_roots[d], self.eigvecs[d]
-        assert X is not None
         basis = None if Q is None else Q[rows]
-        roots, causes = inverse_root(
-            A, bc2, self.exponents[d], options["eps"], X[rows], basis, relative_eps=options["relative_eps"],
-            solver=options["solver"], **own,
-        )  # fmt: skip
+        roots, causes = inverse_root(A, bc2, self.exponents[d], options["eps"], X[rows], basis, **own)
         limit = torch.finfo(X.dtype).max
         X[rows] = roots.clamp(-limit, limit).to(X.dtype)
         if Q is not None and basis is not None:
@@ -140,7 +132,7 @@ class Kronecker:
             yield from ((name, d, X) for d, X in enumerate(getattr(self, name)) if X is not None)
 
     @classmethod
-    def cost(cls, block: Sequence[int], exponents: tuple[float, ...], options: "Options") -> float:
+    def cost(cls, block: Sequence[int], exponents: Exponents, options: "Options") -> float:
         """Return the floating-point operations per step for a block (d1, ..., dk) of n elements.
 
         For each factor of size d: 2 n d for each of the PRODUCTS with its root or basis, 2 n d / factor_frequency to update it,
@@ -153,14 +145,12 @@ class Kronecker:
         return sum(2 * prod(block) * d * (cls.PRODUCTS + updates) + 25 * d**3 * refreshes for d in sizes)
 
     @classmethod
-    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+    def check(cls, options: "Options", exponents: Collection[Exponents]) -> None:
         """Raise ValueError for options that do not go together, given the exponents of all blocks with factors."""
         for each in exponents:
             SOLVERS[options["solver"]].check(each)
             if options["covariance"] == "kl" and not all(p == 0 or isclose(p, 0.5) for p in each):
-                raise ValueError(
-                    f"covariance 'kl' is defined for exponents 1/2; here those of a block are {each}: set exponents=0.5"
-                )
+                raise ValueError(f"covariance 'kl' is defined for exponents 1/2; a block has {each}: set exponents=0.5")
 
 
 class Eigenbasis(Kronecker):
@@ -175,7 +165,6 @@ class Eigenbasis(Kronecker):
     NAMES = ("factors", "eigvecs")
     APPLIED = "eigvecs"
     PRODUCTS = 3  # to rotate the gradient and its average, and the step back
-    ROTATES = True
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
         "solver": one_of("eigh", "qr"),
@@ -191,7 +180,6 @@ class Eigenbasis(Kronecker):
         Where columns of a basis change places, so do the elements of the second moment V (B, d1, ..., dk), in place.
         """
         Q = self.eigvecs[d]
-        assert Q is not None
         assert V is not None
         Q[rows], order, causes = update_basis(A, Q[rows], options["solver"], options["qr_tolerance"])
         if order is not None:
@@ -208,7 +196,7 @@ class Eigenbasis(Kronecker):
         return contract(A, [Q if Q is None else Q.mT for Q in self.eigvecs])
 
     @classmethod
-    def check(cls, options: "Options", exponents: Collection[tuple[float, ...]]) -> None:
+    def check(cls, options: "Options", exponents: Collection[Exponents]) -> None:
         """Raise ValueError for an option that preconditioner "soap" is not defined for."""
         for name, rule in cls.NEEDED.items():
             check_value(f"with preconditioner 'soap', {name}", options[name], rule)  # type: ignore[literal-required]
@@ -231,10 +219,9 @@ def contract(N: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     For matrix blocks, this is X_1^T N X_2. The order 1, k, k-1, ..., 2 copies N only for inner dimensions.
     """
     for d in (1, *range(len(matrices), 1, -1)):
-        X = matrices[d - 1]
-        if X is None:
+        if (of_dim := matrices[d - 1]) is None:
             continue
-        X = X.to(N.dtype)
+        X = of_dim.to(N.dtype)
         if d == 1:
             N = (X.mT @ N.reshape(*N.shape[:2], -1)).view(N.shape)
         else:

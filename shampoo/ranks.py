@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .copies import attempt
-from .health import copy_to_host
+from .health import copy_to_host, some
 from .state import Bucket
 
 if dist.is_available():
@@ -32,26 +32,20 @@ ALONE = Ranks(None, 0, 1)
 
 
 def find_ranks(process_group: Any) -> Ranks:
-    """Return the ranks of a process group or a one-dimensional DeviceMesh; None is the default group if initialized.
+    """Return the ranks of a process group or a one-dimensional DeviceMesh; for None, of the default group if there is one.
 
-    Raises ValueError for a mesh with more dimensions, a group that this process is not in, or any other value.
+    Raises ValueError for a group that this process is not in, or any other value; RuntimeError for a mesh of more dimensions.
     """
+    if isinstance(process_group, Ranks):
+        return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE
         process_group = dist.group.WORLD
     if hasattr(process_group, "get_group"):
-        if process_group.ndim != 1:
-            raise ValueError(
-                f"process_group is a mesh of dimensions {process_group.mesh_dim_names or process_group.ndim}; it must have "
-                "one dimension: name the dimensions and pass mesh[name] for the one whose ranks share the blocks"
-            )
         process_group = process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup):
-        raise ValueError(
-            f"process_group is {process_group!r}; it must be a ProcessGroup that this process is in, a one-dimensional "
-            "DeviceMesh, or None"
-        )
+        raise ValueError(f"process_group is {process_group!r}; it must be a ProcessGroup of this process, a mesh, or None")
     return Ranks(process_group, process_group.rank(), process_group.size()) if process_group.size() > 1 else ALONE
 
 
@@ -70,10 +64,8 @@ def agree(ranks: Ranks, act: Callable[..., Any], *arguments: Any, describe: Call
             raise RuntimeError(failed[0])
         for line in zip_longest(*(lines for _, lines in seen if not failed), fillvalue="nothing"):
             if other := next((r for r, text in enumerate(line) if text != line[0]), None):
-                raise ValueError(
-                    "all ranks must have the same parameters, weights, options, and arguments; "
-                    f"rank 0 has {line[0]} where rank {other} has {line[other]}"
-                )
+                same = "all ranks must have the same parameters, weights, options, and arguments"
+                raise ValueError(f"{same}; rank 0 has {line[0]} where rank {other} has {line[other]}")
     if error is not None:
         raise error
     return result
@@ -130,11 +122,6 @@ class Exchange:
         if failed:
             raise RuntimeError("a rank failed in the last step; see the error on that rank")
         if skipped:
-            raise RuntimeError(
-                "at the last step, only some ranks had gradients with NaN or Inf: average gradients over ranks before step()"
-            )
+            raise RuntimeError("at the last step, only some ranks had gradients with NaN or Inf: average them over ranks first")
         if names := list(compress(self._names, present)):
-            raise RuntimeError(
-                f"at the last step, some ranks had a gradient where others had none: {', '.join(names[:5])}"
-                f"{' and others' if len(names) > 5 else ''}; all ranks must have a gradient for a parameter, or none"
-            )
+            raise RuntimeError(f"at the last step, some ranks had a gradient where others had none: {some(names)}")

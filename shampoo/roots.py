@@ -10,13 +10,15 @@ batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` t
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import isclose
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .blocks import Exponents
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
@@ -106,12 +108,10 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
     return root
 
 
-def check_newton(exponents: tuple[float, ...]) -> None:
+def check_newton(exponents: Exponents) -> None:
     """Raise ValueError unless every exponent is 0 or 1/r for an integer r of at most LARGEST_ROOT."""
     if any(p and not (p * LARGEST_ROOT > 0.999 and isclose(round(1 / p) * p, 1)) for p in exponents):
-        raise ValueError(
-            f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}: use 'eigh' or 'qr'"
-        )
+        raise ValueError(f"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/{LARGEST_ROOT}; here they are {exponents}")
 
 
 class Solver(NamedTuple):
@@ -120,7 +120,7 @@ class Solver(NamedTuple):
     solve: Callable[..., Tensor]
     keeps_basis: bool = False
     options: tuple[str, ...] = ()  # names of optimizer options that `solve` takes
-    check: Callable[[tuple[float, ...]], None] = lambda exponents: None  # raises ValueError for exponents that it cannot take
+    check: Callable[[Exponents], None] = lambda exponents: None  # raises ValueError for exponents that it cannot take
 
 
 SOLVERS: dict[str, Solver] = {
@@ -190,10 +190,8 @@ def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> 
     matrices, Q = A / s.unsqueeze(2), previous.clone()
     try:
         _finite(s)
-        if solver == "qr":
-            order = turn(matrices, Q, tolerance)[1]
-            return _finite(Q), order, {}
-        return _finite(descending_eigh(matrices)[1]), None, {}
+        order = turn(matrices, Q, tolerance)[1] if solver == "qr" else None
+        return _finite(Q if order is not None else descending_eigh(matrices)[1]), order, {}
     except LinAlgError:
         Q, notes = _one_by_one(matrices, lambda X, b: descending_eigh(X)[1], previous)
         return Q, None, notes
@@ -221,10 +219,8 @@ def _one_by_one(A: Tensor, compute: Callable[..., Tensor], previous: Tensor) -> 
 def _rescue(A: Tensor, compute: Callable[[Tensor], Tensor], previous: Tensor) -> tuple[Tensor, str]:
     """Return compute(A) for one matrix (1, d, d), or what stands in for it, and how it was found, "" in A's own dtype."""
     for dtype, found in ((A.dtype, ""), (torch.float64, "computed in float64")):
-        try:
+        with suppress(LinAlgError):
             return _finite(compute(_finite(A).to(dtype)).to(A.dtype)), found
-        except LinAlgError:
-            continue
     if previous.any() and torch.isfinite(previous).all():
         return previous.to(A.dtype), "kept as they were"
     return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).unsqueeze(0), "replaced by the identity"

@@ -53,14 +53,6 @@ def warmup_cosine(optimizer: Optimizer, num_steps: float, warmup_steps: int, tai
     return schedule(optimizer, num_steps, warmup_steps, cosine_shape, tail)
 
 
-def linear(optimizer: Optimizer, num_steps: float, warmup_steps: int) -> LambdaLR:
-    """Return a `schedule` of `linear_shape`."""
-    return schedule(optimizer, num_steps, warmup_steps, linear_shape, "zero")
-
-
-def trapezoid(optimizer: Optimizer, num_steps: float, warmup_steps: int) -> LambdaLR:
-    """Return a `schedule` of `trapezoid_shape`."""
-    return schedule(optimizer, num_steps, warmup_steps, trapezoid_shape, "zero")
-
-
+linear = partial(schedule, shape=linear_shape, tail="zero")
+trapezoid = partial(schedule, shape=trapezoid_shape, tail="zero")
 SCHEDULES: dict[str, Callable[..., LambdaLR]] = {"cosine": warmup_cosine, "linear": linear, "trapezoid": trapezoid}

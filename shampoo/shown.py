@@ -2,8 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -12,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoint import Entries, counts, pieces, place
 from .copies import copy
-from .group import STRUCTURAL, Group, marked
+from .options import MARKS, STRUCTURAL, Group
 from .state import Bucket, is_own, read_steps
 
 Gathered = Callable[[], Entries] | None  # returns the state of all parameters; None on a rank that has only a part of it
-STRUCTURE = marked(STRUCTURAL)
+STRUCTURE = [name for name, marks in MARKS.items() if STRUCTURAL in marks]
 
 
 class State(defaultdict[Any, Any]):
@@ -27,12 +25,11 @@ class State(defaultdict[Any, Any]):
 
 def _looking(name: str) -> Callable[..., Any]:
     """Return a method of dictionaries that calls `look` first."""
-    method = getattr(defaultdict, name)
 
     def call(state: State, *arguments: Any, **named: Any) -> Any:
         """Call `look`, then the method."""
         state.look()
-        return method(state, *arguments, **named)
+        return getattr(defaultdict, name)(state, *arguments, **named)
 
     return call
 
@@ -44,13 +41,13 @@ for _name in (
     setattr(State, _name, _looking(_name))
 
 
-def signature(groups: Sequence[Group]) -> list[Any]:
-    """Return what determines the buckets: parameters, shapes, devices, dtypes, and structural options."""
+def signature(groups: Sequence[Group], state: dict[Any, Any]) -> list[Any]:
+    """Return what determines the buckets, options and parameters with their shapes, devices, and dtypes; and the entries."""
     found: list[Any] = []
     for group in groups:
         found += [id(group), *map(group.get, STRUCTURE)]
         for p in group["params"]:
-            found.append((id(p), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
+            found.append((id(p), id(dict.get(state, p)), None if is_lazy(p) or p is None else (p.shape, p.device, p.dtype)))
     return found
 
 
@@ -67,11 +64,12 @@ class Shown:
     """
 
     def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
-        self._buckets, self._signature, self.gathered = buckets, signature(groups), gathered
+        self._buckets, self.gathered = buckets, gathered
+        self._live: Callable[[], Entries] = gathered or (lambda: counts(buckets))
         # What is shown of each parameter, and its `data_ptr`; empty until a user looks
         self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
-        live = self.live() if looked else {}
+        live = self._live() if looked else {}
         for bucket in buckets:
             for p in bucket.params:
                 entry = dict.get(state, p)
@@ -81,17 +79,14 @@ class Shown:
                     if X is not None and isinstance(now, Tensor) and (now.dtype, now.device) == (X.dtype, X.device):
                         now.data = X  # references to it stay alive
                         live[p][key] = now
+        self._signature = signature(groups, state)
         self.show(live)
-
-    def live(self) -> Entries:
-        """Return each parameter's state; on multiple ranks, `step` alone unless it is gathered."""
-        return counts(self._buckets) if self.gathered is None else self.gathered()
 
     @torch.inference_mode(False)
     def look(self) -> None:
         """Show the live state from now on."""
         if not self.own:
-            self.show(self.live())
+            self.show(self._live())
 
     def show(self, live: Entries) -> None:
         """Put what is not shown yet into the entries, except where a user set another value or cleared the entry."""
@@ -101,20 +96,16 @@ class Shown:
             for key, X in state.items() if not cleared else ():
                 if key not in own and key not in entry:
                     entry[key], own[key] = X, (X, X.data_ptr())
-        self._originals: list[Tensor] = []  # the pieces of state that are shown as copies
-        self._copies: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of pieces of state
         for bucket in self._buckets if self.own else ():
             for key, _, view, X in pieces(bucket):
-                copied = self.own[bucket.params[view.param]].get(key)
-                if copied and copied[0].untyped_storage().data_ptr() != X.untyped_storage().data_ptr():
-                    self._originals.append(X)
-                    self._copies.append(place(view, copied[0]))
+                shown = self.own[bucket.params[view.param]].get(key)
+                if shown and shown[0].untyped_storage().data_ptr() != X.untyped_storage().data_ptr():
+                    self._copies.append((place(view, shown[0]), X))
 
     def changed(self, state: dict[Any, Any], groups: Any) -> bool:
         """Return whether users changed the groups' signature, or removed or replaced an entry, a tensor, or a tensor's data."""
-        if signature(groups) != self._signature:
-            return True
-        if not all(map(is_, map(dict.get, repeat(state), self._entries), self._entries.values())):
+        if signature(groups, state) != self._signature:
             return True
         for bucket in self._buckets:
             group = bucket.group
@@ -122,9 +113,8 @@ class Shown:
                 return True
             for p in bucket.params if self.own else ():
                 own, entry = self.own[p], self._entries[p]
-                if any(X.data_ptr() != pointer or entry.get(key) is not X for key, (X, pointer) in own.items()):
-                    return True
-                if any(is_own(bucket, key) for key in entry.keys() - own.keys()):
+                kept = all(entry.get(key) is X and X.data_ptr() == pointer for key, (X, pointer) in own.items())
+                if not kept or any(is_own(bucket, key) for key in entry.keys() - own.keys()):
                     return True
         return False
 
@@ -132,11 +122,11 @@ class Shown:
         """Copy into the live state what users changed in place."""
         for bucket in self._buckets if self.own else ():
             bucket.steps = [read_steps(self.own[p]["step"][0], f"a parameter of shape {tuple(p.shape)}") for p in bucket.params]
-        copy(self._originals, self._copies)
+        copy([X for _, X in self._copies], [piece for piece, _ in self._copies])
 
     def write(self) -> None:
         """Bring counts and copies up to date after a step."""
         for bucket in self._buckets if self.own else ():
             for p, steps in zip(bucket.params, bucket.steps, strict=True):
                 self.own[p]["step"][0].fill_(steps)
-        copy(self._copies, self._originals)
+        copy([piece for piece, _ in self._copies], [X for _, X in self._copies])

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
-from .blocks import Layout
-from .factors import block_exponents, merged_shape, parameter_exponents
+from .blocks import Layout, block_exponents, merged_shape, parameter_exponents
 from .grafting import GRAFTING
-from .group import Group
-from .preconditioner import PRECONDITIONERS
+from .options import Group
+from .preconditioner import PRECONDITIONERS, Kronecker
 
 
 @dataclass
@@ -43,19 +42,13 @@ class Bucket:
         self.exp_avg = self.zeros() if group["betas"][0] else None
         self.exp_avg_sq = self.zeros() if GRAFTING[group["grafting"]].second_moment or not everywhere else None
         self.momentum_buffer = self.zeros() if group["momentum"] else None
-        self.preconditioners = [
-            kind(stack, each or (0.0,) * (len(stack) - 1), group, self.dtype, self.device)
-            for stack, each in zip(self.layout.stacks, exponents, strict=True)
-        ]
-        self.rotates = self.factored and kind.ROTATES
+        new, stacks = partial(kind, options=group, dtype=self.dtype, device=self.device), self.layout.stacks
+        self.preconditioners = [new(s, each or (0.0,) * (len(s) - 1)) for s, each in zip(stacks, exponents, strict=True)]
+        self.rotates = self.factored and kind.rotate is not Kronecker.rotate  # into other coordinates
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
-        self.unusual: Counter[tuple[int, str]] = Counter()  # of (parameter index, event), see `note`
-
-    def note(self, stack: int, blocks: Sequence[int], what: str) -> None:
-        """Count a rescued root or a non-finite direction (`what`) in `unusual` for each of these blocks of a stack."""
-        self.unusual.update((self.layout.params[stack][block], what) for block in blocks)
+        self.unusual: Counter[tuple[int, str]] = Counter()  # rescued roots and non-finite directions of (parameter index, what)
 
     def zeros(self) -> Tensor:
         """Return a flat vector of zeros for this rank's blocks."""
@@ -87,8 +80,7 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 factored = bool(parameter_exponents(tuple(p.shape), group))
                 members.setdefault((factored, p.device, dtype), []).append(p)
-        most_expensive_first = sorted(members.items(), key=lambda item: not item[0][0])  # those with factors
-        for (factored, device, dtype), params in most_expensive_first:
+        for (factored, device, dtype), params in sorted(members.items(), key=lambda item: not item[0][0]):  # costly first
             shapes, flops = [merged_shape(tuple(p.shape), group) for p in params], partial(block_flops, group, factored)
             layouts, loads = share_blocks(shapes, group["block_size"], flops, loads)
             buckets.append(Bucket(group, params, device, dtype, factored, layouts, rank))
@@ -109,10 +101,9 @@ def is_own(bucket: Bucket, key: Any) -> bool:
 
 def describe_tensor(X: Any) -> str:
     """Return a description of a value in an entry, for error messages."""
-    if not isinstance(X, Tensor):
-        return "nothing" if X is None else repr(X)
-    where = "" if X.layout == torch.strided and not X.is_meta else f", {X.layout} on {X.device}"
-    return f"a {X.dtype} tensor of shape {tuple(X.shape)}{where}"
+    if isinstance(X, Tensor):
+        return f"a {X.dtype} tensor ({X.layout}, on {X.device}) of shape {tuple(X.shape)}"
+    return "nothing" if X is None else repr(X)
 
 
 def read_steps(step: Any, name: str) -> int:

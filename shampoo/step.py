@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
 from . import update
-from .copies import Inputs, add, chunks, flatten, load, spread, stack_views
+from .copies import Flat, Inputs, add, chunks, flatten, load, spread, stack_views
 from .due import due_blocks
 from .grafting import GRAFTING, Grafting
-from .group import Group
+from .options import Group
 from .preconditioner import Kronecker
 from .state import Bucket
 
 GRAFTING_CHUNK = 7 * 2**20  # elements per chunk, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
 
 Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
+Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
 
 
-def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Update the state of this rank's blocks by one step; return their directions P, a flat vector, and its `flat_views`.
 
     The weights do not change. `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as
@@ -42,12 +42,14 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         refresh_roots(bucket, t, start, of_params)
 
     # Moments V and M, and the averaged gradient N, which overwrites G, and so `grafted` if that is G
-    grafted = grafted_gradient(bucket, G, stacks)
+    grafted = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
+    if bucket.rotates:
+        grafted = rotate(bucket.preconditioners, stacks)
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
-    for part, _, _, factored in parts:
-        some_present = present if present is None else present[part]
-        update.accumulate_squares(V if V is None else V[part], grafted[part], methods[factored].beta2, some_present)
+    for part, _, _, factored in parts if V is not None else ():
+        _, beta2, _ = methods[factored]
+        update.accumulate_squares(update.at(V, part), grafted[part], beta2, update.at(present, part))
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
@@ -63,7 +65,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
             P = bucket.preconditioners[i].direction(S, A_S.view_as(S))
             if bad := update.graft(P, A_S.view_as(S), method.sets_length and not bucket.rotates, out=S):
-                bucket.note(i, bad, "directions not finite")
+                bucket.unusual.update((layout.params[i][block], "directions not finite") for block in bad)
 
     # Decoupled decay, then momentum
     if group["weight_decay"] and group["decoupled_weight_decay"]:
@@ -74,29 +76,16 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
 
 
-class Method(NamedTuple):
-    """The grafting method for blocks with factors, or for those without."""
-
-    grafting: Grafting
-    beta2: float
-    bc2: float | Tensor  # 1 - beta2^t
-
-
 def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_params: Spread) -> Method:
-    """Return the grafting method of the group's blocks with factors, or of those without, whose method must scale by V."""
-    grafting = GRAFTING[group["grafting"]]
-    if not factored and not grafting.second_moment:
-        grafting = GRAFTING["adam"]
+    """Return the grafting method of the group's blocks with factors, or of those without, its beta2, and 1 - beta2^t.
+
+    That of blocks without factors must scale by V.
+    """
+    chosen = GRAFTING[group["grafting"]]
+    grafting = chosen if factored or chosen.second_moment else GRAFTING["adam"]
     own = group["grafting_beta2"] if factored or group["unfactored_beta2"] is None else group["unfactored_beta2"]
     beta2 = 1.0 if grafting.sums else group["betas"][1] if own is None else own
-    return Method(grafting, beta2, update.bias_corrections(beta2, counts, of_params))
-
-
-def grafted_gradient(bucket: Bucket, G: Tensor, stacks: Sequence[Tensor]) -> Tensor:
-    """Return the gradient that V averages: G, or each block's G / ||G||_F, or G in the preconditioners' coordinates."""
-    if bucket.rotates:
-        return rotate(bucket.preconditioners, stacks)
-    return flatten(list(map(update.normalize, stacks))) if bucket.group["normalized_grafting"] else G
+    return grafting, beta2, update.bias_corrections(beta2, counts, of_params)
 
 
 def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Tensor:
@@ -104,7 +93,7 @@ def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Te
     return flatten([preconditioner.rotate(S) for preconditioner, S in zip(preconditioners, stacks, strict=True)])
 
 
-def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Return a bucket's gradients G, negated if maximize, plus coupled decay: a flat vector, and its `flat_views`."""
     G, views = load(bucket.layout, inputs.grads, bucket.dtype, bucket.device)
     if bucket.group["maximize"]:
@@ -156,4 +145,4 @@ def refresh_roots(bucket: Bucket, t: int, start: int, of_params: Spread) -> None
     for i, blocks in found.items():
         own = stack_views(layout.stacks, bc2)[i].flatten(1)[:, :1] if isinstance(bc2, Tensor) else bc2
         for block, cause in bucket.preconditioners[i].refresh(blocks, own, group, V[i]):
-            bucket.note(i, [block], f"roots {cause}")
+            bucket.unusual[layout.params[i][block], f"roots {cause}"] += 1

@@ -73,15 +73,12 @@ def accumulate(S: Tensor, X: Tensor, beta: float, present: Tensor | None) -> Non
         S.lerp_(X, 1 - beta if present is None else (1 - beta) * present)
 
 
-def accumulate_squares(V: Tensor | None, G: Tensor, beta: float, present: Tensor | None) -> None:
-    """V <- beta V + (1 - beta) G * G in place, if there is V; for beta = 1, a plain sum, clamped as in `accumulate`."""
-    if V is None:
-        return
-    if beta < 1.0:
-        V.mul_(beta if present is None else 1 - (1 - beta) * present)
-    V.addcmul_(G, G, value=1 - beta if beta < 1.0 else 1)
+def accumulate_squares(V: Tensor, G: Tensor, beta: float, present: Tensor | None) -> None:
+    """V <- beta V + (1 - beta) G * G in place; for beta = 1, a plain sum, clamped as in `accumulate`."""
     if beta == 1.0:
-        V.clamp_(max=LARGEST)
+        V.addcmul_(G, G).clamp_(max=LARGEST)
+    else:
+        V.mul_(beta if present is None else 1 - (1 - beta) * present).addcmul_(G, G, value=1 - beta)
 
 
 def average(M: Tensor | None, G: Tensor, beta1: float, nadam: bool, bc1: float | Tensor, present: Tensor | None) -> Tensor:
@@ -121,10 +118,7 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
     """
     norms, lengths = block_norms(P), block_norms(A) if sets_length else None
     if norms.device.type == "cpu" and are_usual(norms, lengths):
-        if lengths is None:
-            out.copy_(P)
-        else:
-            torch.mul(P, lengths / (norms + 1e-16), out=out)
+        torch.mul(P, 1.0 if lengths is None else lengths / (norms + 1e-16), out=out)
         return []
     largest = P.abs().amax(dim=tuple(range(1, P.dim())), keepdim=True)
     bad, steps = ~largest.isfinite(), P
@@ -139,10 +133,8 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
 def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:
     """Return whether all norms are finite and, given lengths, exact in float32 where the length is not zero. On a CPU."""
     found = norms.flatten().tolist()
-    if not all(map(isfinite, found)) or lengths is None:
+    if lengths is None or (min(found) > SMALLEST_NORM and max(found) < LARGEST_NORM):
         return all(map(isfinite, found))
-    if min(found) > SMALLEST_NORM and max(found) < LARGEST_NORM:
-        return True
     pairs = zip(found, lengths.flatten().tolist(), strict=True)
     return all(SMALLEST_NORM < norm < LARGEST_NORM or norm == length == 0 for norm, length in pairs)
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from shampoo import AdamWShampoo
-from shampoo.group import Group, Options
 from shampoo.hyperparameters import optimizer_options
-from shampoo.options import OPTIONS
+from shampoo.options import OPTIONS, Group, Options
 from shampoo.roots import SOLVERS
 
 OF_THE_OPTIMIZER = {"self", "params", "exchange_dtype", "max_skipped_steps", "process_group"}

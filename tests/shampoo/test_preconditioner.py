@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shampoo import AdamWShampoo
-from shampoo.factors import block_exponents
+from shampoo.blocks import block_exponents
 from shampoo.preconditioner import Kronecker
 
 DEFAULTS = dict(AdamWShampoo([torch.zeros(1)]).defaults)
