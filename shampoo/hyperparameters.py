@@ -9,7 +9,7 @@ from .roots import QR_TOLERANCE
 from .rules import BOOL, Rule, check_value, integer, one_of, real
 from .schedule import SCHEDULES, TAILS
 
-# Keys that are options of the optimizer with the same rule. Weight decay is decoupled; `exponents` overrides inverse_root.
+# Keys that are options of the optimizer with the same rule. `exponents`, which a point may have too, overrides inverse_root.
 SAME = (
     "weight_decay", "nesterov", "nadam", "block_size", "precondition_frequency", "exponent_multiplier", "grafting",
     "normalized_grafting",
@@ -65,7 +65,6 @@ def optimizer_options(point: Mapping[str, Any], step_hint: int) -> dict[str, Any
     """
     check_point(point)
     steps = point["step_hint_factor"] * step_hint
-    same = {name: point[name] for name in OPTIONS.keys() & point.keys()}
     return {
         **COMPETITION,
         "lr": point["learning_rate"] * math.sqrt(point.get("learning_rate_steps", steps) / steps),
@@ -74,6 +73,6 @@ def optimizer_options(point: Mapping[str, Any], step_hint: int) -> dict[str, Any
         "momentum": 1 - point["one_minus_momentum"],
         "exponents": 1 / point["inverse_root"] if point["inverse_root"] else None,
         "grafting_eps": point["grafting_epsilon"],
-        **same,
+        **{name: point[name] for name in OPTIONS.keys() & point.keys()},
         "start_preconditioning_step": point["start_preconditioning_step"] or None,
     }

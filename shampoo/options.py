@@ -18,8 +18,8 @@ from .rules import BOOL, EXPONENT, NONE, Rule, check_value, either, integer, one
 STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
 ADDED = "may be missing in a state_dict"
 NOT_NEEDED = {  # other optimizers' options, which groups may have if they are off, and why
-    "amsgrad": "AdamWShampoo has no counterpart", "foreach": "updates are always batched", "fused": "updates are always batched",
-    "capturable": "step counts are on the host", "differentiable": "weights are updated in place",
+    "amsgrad": "AdamWShampoo has no counterpart", "capturable": "step counts are on the host",
+    "foreach": "updates are always batched", "fused": "updates are always batched", "differentiable": "updates are in place",
 }  # fmt: skip
 
 

@@ -61,11 +61,10 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     lam = (Q * AQ).sum(dim=1)
     order = torch.arange(A.shape[-1], device=A.device).repeat(len(A), 1)
     square = torch.linalg.vector_norm(A, dim=(1, 2)).square()
-    turns = square - lam.square().sum(dim=1) > tolerance**2 * square
     first = Q[:, :, 0].square().sum(dim=1) == 0
+    turns = ~first & (square - lam.square().sum(dim=1) > tolerance**2 * square)
     if first.any():
         lam[first], Q[first] = descending_eigh(A[first])
-        turns = turns & ~first
     if turns.any():
         order[turns] = lam[turns].argsort(dim=1, descending=True)
         basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
@@ -143,17 +142,9 @@ def full_precision() -> Iterator[None]:
 
 @full_precision()
 def inverse_root(
-    A: Tensor,
-    c: float | Tensor,
-    p: float,
-    eps: float,
-    previous: Tensor,
-    Q: Tensor | None = None,
-    *,
-    relative_eps: bool = False,
-    solver: str = "eigh",
-    **options: object,
-) -> tuple[Tensor, dict[int, str]]:
+    A: Tensor, c: float | Tensor, p: float, eps: float, previous: Tensor, Q: Tensor | None = None,
+    *, relative_eps: bool = False, solver: str = "eigh", **options: object,
+) -> tuple[Tensor, dict[int, str]]:  # fmt: skip
     """Return (A / c + eps I)^(-p) for each matrix of A (B, d, d), always finite, and notes on roots that needed a fallback.
 
     c is a number or (B, 1). With relative_eps, eps tr(A / c) replaces eps where the trace is positive. The paper has c = 1 and
@@ -210,9 +201,8 @@ def _finite(X: Tensor) -> Tensor:
 
 
 def _one_by_one(A: Tensor, compute: Callable[..., Tensor], previous: Tensor) -> tuple[Tensor, dict[int, str]]:
-    """Return compute(A[b], b) for each slice b of one matrix, or what stands in for it, and notes; see `_rescue`."""
-    slices = [slice(b, b + 1) for b in range(len(A))]
-    found = [_rescue(A[b], partial(compute, b=b), previous[b]) for b in slices]
+    """Return compute(A[b], b) for each matrix b, or what stands in for it, and notes; see `_rescue`."""
+    found = [_rescue(A[[b]], partial(compute, b=[b]), previous[[b]]) for b in range(len(A))]
     return torch.cat([X for X, _ in found]), {b: note for b, (_, note) in enumerate(found) if note}
 
 
