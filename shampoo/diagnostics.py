@@ -68,7 +68,9 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
 
 
 def gradient_figures(G: Tensor | None, shape: tuple[int, ...]) -> Figures:
-    """Return ||G||_F, the nuclear norm ||G||_*, and nuclear_ratio = ||G||_* / (sqrt(min(m, n)) ||G||_F), or {} if G is None.
+    """Return `||G||_F`, the nuclear norm `||G||_*`, and `nuclear_ratio`, or {} if G is None.
+
+    nuclear_ratio is `||G||_* / (sqrt(min(m, n)) ||G||_F)`.
 
     G is viewed as an m x n matrix: m is the first dimension of its merged shape, and n is the product of the others. The ratio
     is 1 / sqrt(min(m, n)) for rank one and 1 for equal singular values; for a vector (m x 1) it is 1. According to arXiv
