@@ -6,6 +6,7 @@ AlgoPerf calls the functions below. The optimizer is in `shampoo/`. Hyperparamet
 
 import functools
 import json
+import math
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,12 +95,16 @@ def init_optimizer_state(
 ) -> spec.OptimizerState:
     """Return the optimizer, its learning rate schedule, and averages of the weights if the hyperparameter `averaging` is on.
 
+    If there is a hyperparameter `learning_rate_steps`, the learning rate is for a schedule of that many steps, and proportional
+    to 1 / sqrt(steps) for others, as in convergence analyses: one point then serves runs of any length.
+
     Raise ValueError for an invalid or missing hyperparameter.
     """
     hyperparameters = hyperparameters or self_tuning_point()
-    options = optimizer_options(hyperparameters._asdict(), workload.step_hint)
-    optimizer = Shampoo(model_params.parameters(), **options)
+    options = optimizer_options(hyperparameters._asdict())
     num_steps = hyperparameters.step_hint_factor * workload.step_hint
+    options["lr"] *= math.sqrt(getattr(hyperparameters, "learning_rate_steps", num_steps) / num_steps)
+    optimizer = Shampoo(model_params.parameters(), **options)
     warmup_steps = int(hyperparameters.warmup_factor * num_steps)
     shape = getattr(hyperparameters, "schedule", "cosine")
     tail = {"tail": hyperparameters.schedule_tail} if shape == "cosine" else {}

@@ -20,10 +20,11 @@ from absl import app, flags
 
 from shampoo import AdamWShampoo
 from shampoo.assignment import Cost, greedy
+from shampoo.hyperparameters import COMPETITION
 from shampoo.state import block_flops, make_buckets
 
 SHAPES = Path(__file__).with_name("algoperf_parameters.json")
-OPTIONS: dict[str, Any] = {"block_size": 1024, "precondition_frequency": 100, "grafting": "adam"}
+OPTIONS: dict[str, Any] = {**COMPETITION, "exponents": None, "block_size": 1024, "precondition_frequency": 100}
 
 FLAGS = flags.FLAGS
 

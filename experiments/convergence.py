@@ -126,6 +126,7 @@ def make_optimizer(method: str, X: list[torch.nn.Parameter], K: int, L: float, g
         step / (m + n) ** 0.5 * (m * n) ** -(0.5 * (sum(exponents) - 0.5)),
         betas=(decay, decay),
         eps=eps,
+        relative_eps=False,
         grafting="none",
         bias_correction=False,
         precondition_frequency=1,

@@ -70,7 +70,7 @@ def step_length(point: dict[str, Any], gradients: list[list[Tensor]]) -> float:
     The norm is averaged over the last `precondition_frequency` gradients, since P grows with the age of the roots.
     """
     weights = [torch.nn.Parameter(torch.zeros_like(G)) for G in gradients[0]]
-    optimizer = AdamWShampoo(weights, **{**optimizer_options(point, step_hint=1), "lr": 1.0, "weight_decay": 0.0})
+    optimizer = AdamWShampoo(weights, **{**optimizer_options(point), "lr": 1.0, "weight_decay": 0.0})
     lengths = []
     for step in gradients:
         for W, G in zip(weights, step, strict=True):

@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shampoo import AdamWShampoo
+from shampoo.hyperparameters import COMPETITION
 
 FLAGS = flags.FLAGS
 
 SHAPES = [(12, 20), (20,), (20, 7, 3), (7,), ()]
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "block_size": 16, "precondition_frequency": 7, "momentum": 0.5, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {**COMPETITION, "eps": 1e-8, "exponents": None} | {
+    "lr": 1e-3,
+    "block_size": 16,
+    "precondition_frequency": 7,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+}
 
 
 def make_model(seed: int) -> tuple[list[nn.Parameter], AdamWShampoo]:

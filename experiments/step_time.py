@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo import AdamWShampoo
+from shampoo.hyperparameters import COMPETITION
 
 from .balance import load_shapes
 
@@ -88,7 +89,7 @@ class Watch(TorchDispatchMode):
 
 def shampoo(**options: Any) -> Callable[..., Optimizer]:
     """Return a constructor of `AdamWShampoo` with the competition's first point as defaults for `options`."""
-    common = {"betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True}
+    common = {**COMPETITION, "eps": 1e-8, "exponents": None, "betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True}
     return lambda params, frequency, block_size: AdamWShampoo(
         params, LR, **{**common, "precondition_frequency": frequency, "block_size": block_size, **options}
     )
@@ -104,6 +105,7 @@ def peer(module: str, name: str, size: str, **options: Any) -> Callable[..., Opt
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda params, frequency, block_size: torch.optim.AdamW(params, LR, fused=True),
     "shampoo": shampoo(),
+    "shampoo, defaults": lambda params, frequency, block_size: AdamWShampoo(params, LR, precondition_frequency=frequency),
     "shampoo, qr": shampoo(solver="qr"),
     "shampoo, staggered": shampoo(stagger=True),
     "shampoo, small": shampoo(precondition_vectors=False, bf16_roots=True, block_size=512),
@@ -215,7 +217,12 @@ if __name__ == "__main__":
         "optimizer", list(OPTIMIZERS), list(OPTIMIZERS), "optimizers to time; those not installed are skipped"
     )
     flags.DEFINE_integer("frequency", 4, "precondition_frequency while measuring", lower_bound=2)
-    flags.DEFINE_integer("block_size", 1024, "maximum block size; 'shampoo, small' always uses 512", lower_bound=1)
+    flags.DEFINE_integer(
+        "block_size",
+        1024,
+        "maximum block size, but 512 for 'shampoo, small', 128 for 'shampoo, defaults'",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("rounds", 3, "measured rounds of `frequency` steps; medians are printed", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     flags.DEFINE_string("device", "cpu", "cpu or cuda")

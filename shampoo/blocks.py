@@ -6,13 +6,10 @@ shape that a rank owns in a stack (B, d1, ..., dk), and concatenates the stacks 
 one call for all parameters and a matrix product is one call for all blocks of a shape.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, product
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:  # `options` imports this module
-    from .options import Options
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
 Exponents = tuple[float, ...]  # of the inverse roots of a block's dimensions; 0 where there is no factor
@@ -119,14 +116,14 @@ def view(grid: Grid, shape: Shape) -> View:
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
 
 
-def merged_shape(shape: Shape, options: "Options") -> Shape:
+def merged_shape(shape: Shape, options: Mapping[str, Any]) -> Shape:
     """Return the shape that is cut into blocks: `merge_dims` of this shape if the option is on; (1,) for a scalar."""
     if options["merge_dims"]:
         return merge_dims(shape, options["block_size"], options["max_factor_ratio"])
     return shape or (1,)
 
 
-def block_exponents(block: Sequence[int], options: "Options") -> Exponents | None:
+def block_exponents(block: Sequence[int], options: Mapping[str, Any]) -> Exponents | None:
     """Return the exponent of each dimension's inverse root, in the paper 1/p and 1/q, or None for a block without factors.
 
     A dimension d of a block of n elements has a factor if d^2 <= max_factor_ratio n; those without have the exponent 0. A
@@ -146,7 +143,7 @@ def block_exponents(block: Sequence[int], options: "Options") -> Exponents | Non
     return tuple(options["exponent_multiplier"] * e if keep else 0.0 for e, keep in zip(each, kept, strict=True))
 
 
-def parameter_exponents(shape: Shape, options: "Options") -> list[Exponents]:
+def parameter_exponents(shape: Shape, options: Mapping[str, Any]) -> list[Exponents]:
     """Return the exponents of each shape of a parameter's blocks that have factors; [] if a dimension is >= max_dim."""
     if max(shape, default=1) >= options["max_dim"]:
         return []

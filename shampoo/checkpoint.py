@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .blocks import View
 from .copies import flat_views
-from .options import ADDED, MARKS, Group, check_groups, parameter_names, plain
+from .options import ADDED, OPTIONS, Group, check_groups, parameter_names, plain
 from .ranks import Ranks
 from .rules import check_value, one_of
 from .state import Bucket, describe_tensor, is_own, make_buckets, moments, read_steps, tensors
@@ -203,9 +203,9 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Any], ranks: Ranks) -> 
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     for k, of_group in enumerate(options):
-        if missing := {"step", *(name for name, marks in MARKS.items() if ADDED not in marks)} - of_group.keys():
+        if missing := {"step", *OPTIONS} - {*ADDED} - of_group.keys():
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
-    found = [cast(Group, {**group, **other}) for group, other in zip(groups, options, strict=True)]
+    found = [cast(Group, {**group, "max_factor_ratio": None, **other}) for group, other in zip(groups, options, strict=True)]
     check_groups(found)
     params = dict(zip(chain(*keys), chain(*(group["params"] for group in found)), strict=True))
     state = {params.get(key, key): entry for key, entry in entries.items()}

@@ -1,6 +1,5 @@
 """Check one point of a search space, and convert it to the options of AdamWShampoo."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ POINT: dict[str, Rule] = {
     **{name: OPTIONS[name] for name in SAME},
 }
 OPTIONAL: dict[str, Rule] = {
-    "learning_rate_steps": integer(1),  # number of steps that learning_rate is for; see optimizer_options
+    "learning_rate_steps": integer(1),  # number of steps that learning_rate is for; see submission.py
     "grad_clip": real(0, above=True),  # maximum norm of all gradients together
     "schedule": one_of(*SCHEDULES),  # "cosine" by default
     "averaging": BOOL,  # whether evaluations see averages of the weights; False by default
@@ -56,18 +55,12 @@ def check_point(point: Mapping[str, Any]) -> None:
         check_value(f"hyperparameter {key}", value, (POINT | OPTIONAL)[key])
 
 
-def optimizer_options(point: Mapping[str, Any], step_hint: int) -> dict[str, Any]:
-    """Return all options of AdamWShampoo for a point, whatever the optimizer's defaults.
-
-    If the point has learning_rate_steps, lr = learning_rate sqrt(learning_rate_steps / steps) for a schedule of that many
-    steps, a step size of order K^(-1/2) as in convergence analyses: one point then serves runs of any length. Raise
-    ValueError as check_point does.
-    """
+def optimizer_options(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of AdamWShampoo for a point, whatever their defaults. Raises ValueError as `check_point` does."""
     check_point(point)
-    steps = point["step_hint_factor"] * step_hint
     return {
         **COMPETITION,
-        "lr": point["learning_rate"] * math.sqrt(point.get("learning_rate_steps", steps) / steps),
+        "lr": point["learning_rate"],
         "betas": (1 - point["one_minus_beta1"], 1 - point["one_minus_beta2"]),
         "eps": point["epsilon"],
         "momentum": 1 - point["one_minus_momentum"],

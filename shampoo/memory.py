@@ -30,5 +30,4 @@ def state_bytes(model: nn.Module, **options: Any) -> StateBytes:
     for bucket in optimizer._buckets:
         for _, _, view, X in pieces(bucket):
             found[params[bucket.params[view.param]]] += X.nbytes
-    total = sum(found.values())
-    return StateBytes(total, total / max(1, sum(p.numel() for p in params)), found)
+    return StateBytes(total := sum(found.values()), total / max(1, sum(p.numel() for p in params)), found)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
@@ -17,7 +17,7 @@ from .step import compute_directions
 class AdamWShampoo(BucketedOptimizer):
     """Shampoo with AdamW's conventions: averaged gradients and factors, decoupled decay, blocking, grafting.
 
-    For a matrix W with gradient G and averages L of G G^T, R of G^T G, M of G: W <- W - lr P, where P = L^(-1/4) M R^(-1/4),
+    For a matrix W with gradient G and averages L of G G^T, R of G^T G, M of G: W <- W - lr P, where P = L^(-1/2) M R^(-1/2),
     rescaled to the norm of the grafting method's step. Blocks of at most block_size x block_size are preconditioned separately.
     `update` has the formulas.
 
@@ -50,6 +50,7 @@ class AdamWShampoo(BucketedOptimizer):
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c: a dimension d of a block of n elements has a factor only if d^2 <= c n, so that each factor and its
             root take at most 2 c n elements; None: no limit. c = 1 leaves out vectors and the long sides of thin matrices.
+            "auto": 2, or None with grafting "none", which has no step of its own for blocks without factors.
         exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
             "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
@@ -85,7 +86,8 @@ class AdamWShampoo(BucketedOptimizer):
     `events` counts both, and roots that could not be computed as usual; the logger "shampoo" names the parameters.
 
     Paper settings: betas=(theta, beta), grafting="none", bias_correction=False, precondition_frequency=1, exponents=(1/p, 1/q),
-    block_size at least the largest dimension, and merge_dims=False, which keeps small matrices from becoming vectors.
+    relative_eps=False, block_size at least the largest dimension, and merge_dims=False, which keeps small matrices from
+    becoming vectors.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class AdamWShampoo(BucketedOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float = 1e-4,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         cautious_decay: bool = False,
@@ -103,23 +105,23 @@ class AdamWShampoo(BucketedOptimizer):
         nadam: bool = False,
         maximize: bool = False,
         bias_correction: bool = True,
-        block_size: int = 1024,
+        block_size: int = 128,
         merge_dims: bool = True,
         max_dim: int = 1_000_000,
-        precondition_frequency: int = 10,
+        precondition_frequency: int = 5,
         factor_frequency: int = 1,
         start_preconditioning_step: int | None = None,
         preconditioner: str = "shampoo",
         covariance: str = "gram",
-        max_factor_ratio: float | None = None,
-        exponents: float | tuple[float, float] | None = None,
+        max_factor_ratio: float | Literal["auto"] | None = "auto",
+        exponents: float | tuple[float, float] | None = 0.5,
         exponent_multiplier: float = 1.0,
         grafting: str = "adam",
         grafting_beta2: float | None = None,
         unfactored_beta2: float | None = None,
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
-        relative_eps: bool = False,
+        relative_eps: bool = True,
         solver: str = "eigh",
         qr_tolerance: float = QR_TOLERANCE,
         stagger: bool = False,

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from .blocks import parameter_exponents
 from .grafting import GRAFTING
 from .preconditioner import COVARIANCES, PRECONDITIONERS
 from .roots import SOLVERS
-from .rules import BOOL, EXPONENT, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
+from .rules import BOOL, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
 
 STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
-ADDED = "may be missing in a state_dict"
+ADDED = (  # options that a state_dict of an earlier version may lack
+    "maximize", "cautious_decay", "factor_frequency", "preconditioner", "covariance", "max_factor_ratio", "unfactored_beta2",
+    "qr_tolerance",
+)  # fmt: skip
 NOT_NEEDED = {  # other optimizers' options, which groups may have if they are off, and why
     "amsgrad": "AdamWShampoo has no counterpart", "capturable": "step counts are on the host",
     "foreach": "updates are always batched", "fused": "updates are always batched", "differentiable": "updates are in place",
@@ -27,12 +30,12 @@ class Options(TypedDict):
     """The options of a parameter group; `AdamWShampoo` documents them. After its rule, an option may have the marks above."""
 
     lr: Annotated[float | Tensor, either(real(0), scalar(real(0)))]
-    maximize: Annotated[bool, BOOL, ADDED]
+    maximize: Annotated[bool, BOOL]
     betas: Annotated[tuple[float, float], pair(real(0, 1, below=True), real(0, 1))]
     eps: Annotated[float, real(0, above=True)]
     weight_decay: Annotated[float, real(0)]
     decoupled_weight_decay: Annotated[bool, BOOL]
-    cautious_decay: Annotated[bool, BOOL, ADDED]
+    cautious_decay: Annotated[bool, BOOL]
     momentum: Annotated[float, real(0, 1, below=True)]
     nesterov: Annotated[bool, BOOL]
     nadam: Annotated[bool, BOOL]
@@ -41,21 +44,21 @@ class Options(TypedDict):
     merge_dims: Annotated[bool, BOOL, STRUCTURAL]
     max_dim: Annotated[int, integer(1), STRUCTURAL]
     precondition_frequency: Annotated[int, integer(1)]
-    factor_frequency: Annotated[int, integer(1), ADDED]
+    factor_frequency: Annotated[int, integer(1)]
     start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
-    preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL, ADDED]
-    covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL, ADDED]
-    max_factor_ratio: Annotated[float | None, either(real(0, above=True), NONE), STRUCTURAL, ADDED]
-    exponents: Annotated[float | tuple[float, float] | None, either(EXPONENT, pair(EXPONENT, EXPONENT), NONE), STRUCTURAL]
+    preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL]
+    covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL]
+    max_factor_ratio: Annotated[float | Literal["auto"] | None, either(real(0, above=True), one_of("auto", None)), STRUCTURAL]
+    exponents: Annotated[float | tuple[float, float] | None, either(real(0), pair(real(0), real(0)), NONE), STRUCTURAL]
     exponent_multiplier: Annotated[float, real(0), STRUCTURAL]
     grafting: Annotated[str, one_of(*GRAFTING), STRUCTURAL]
     grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
-    unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE), ADDED]
+    unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE)]
     grafting_eps: Annotated[float, real(0)]
     normalized_grafting: Annotated[bool, BOOL]
     relative_eps: Annotated[bool, BOOL]
     solver: Annotated[str, one_of(*SOLVERS), STRUCTURAL]
-    qr_tolerance: Annotated[float, real(0, 1), ADDED]
+    qr_tolerance: Annotated[float, real(0, 1)]
     stagger: Annotated[bool, BOOL]
     precondition_vectors: Annotated[bool, BOOL, STRUCTURAL]
     bf16_roots: Annotated[bool, BOOL, STRUCTURAL]

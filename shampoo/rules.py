@@ -53,7 +53,6 @@ def either(*rules: Rule) -> Rule:
 
 NONE: Rule = (lambda x: x is None, "None")
 BOOL: Rule = one_of(True, False)
-EXPONENT: Rule = real(0)
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:

@@ -94,6 +94,14 @@ def test_metrics_are_logged_sparsely():
     assert all(isinstance(value, float) for _, metrics in logged for value in metrics.values())
 
 
+def test_a_learning_rate_for_some_steps_falls_with_the_square_root_of_the_number_of_steps():
+    rates = []
+    for factor in (1.0, 4.0, 100.0):
+        point = as_point(learning_rate_steps=FakeWorkload.step_hint, step_hint_factor=factor)
+        rates.append(start(FakeWorkload(), point)["scheduler"].base_lrs[0] / point.learning_rate)
+    assert rates == pytest.approx([1, 1 / 2, 1 / 10])
+
+
 def test_without_hyperparameters_it_uses_the_self_tuning_point():
     ends = []
     for point in (None, submission.self_tuning_point()):

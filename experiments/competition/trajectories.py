@@ -21,6 +21,7 @@ from absl import app
 from torch import Tensor
 
 from shampoo import AdamWShampoo
+from shampoo.hyperparameters import COMPETITION
 
 DATA = np.load(Path(__file__).with_name("trajectories.npz"))
 CASES: dict[str, dict[str, Any]] = json.loads(str(DATA["cases"]))
@@ -31,6 +32,7 @@ OWN_COUNTS = "missing_grads"
 def options(case: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a case as `AdamWShampoo` options."""
     return {
+        **COMPETITION,
         "betas": (case["beta1"], case["beta2"]),
         "eps": case["eps"],
         "weight_decay": case["weight_decay"],

@@ -10,6 +10,8 @@ from shampoo.copies import copy, flat_views, grid_views
 
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 LIKE_ADAMW = partial(AdamWShampoo, start_preconditioning_step=10**9, block_size=8, **ADAMW)  # equal to AdamW within rounding
+# The competition's values of options whose defaults differ
+COMPETITION = {"eps": 1e-8, "relative_eps": False, "exponents": None, "max_factor_ratio": None, "block_size": 1024}
 SHAPES = [(6, 5), (20, 9), (7,)]  # one block, several, a vector
 
 

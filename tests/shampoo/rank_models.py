@@ -10,7 +10,16 @@ import torch.distributed as dist
 from torch import nn
 
 NAMED = torch.__version__ >= "2.6"  # whether torch's optimizers take names
-COMMON = {"lr": 1e-3, "eps": 1e-4, "block_size": 16, "precondition_frequency": 20, "start_preconditioning_step": 40}
+COMMON = {
+    "max_factor_ratio": None,
+    "relative_eps": False,
+    "exponents": None,
+    "lr": 1e-3,
+    "eps": 1e-4,
+    "block_size": 16,
+    "precondition_frequency": 20,
+    "start_preconditioning_step": 40,
+}
 
 
 class Net(nn.Module):

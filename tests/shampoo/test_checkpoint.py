@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import COMPETITION
 
 from shampoo import AdamWShampoo
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.pt"))
 SHAPES = [(6, 5), (7,), (), (4, 3, 2, 2), (20, 9), (0, 3)]
 STEPS = 7
-COMMON = {"lr": 1e-2, "eps": 1e-3, "precondition_frequency": 3, "block_size": 10}
+COMMON = COMPETITION | {"lr": 1e-2, "eps": 1e-3, "precondition_frequency": 3, "block_size": 10}
 CASES = {
     "blocks, momentum, decay": {"block_size": 8, "momentum": 0.9, "nesterov": True, "nadam": True, "weight_decay": 0.1},
     "qr, staggered, bfloat16 roots": {"block_size": 8, "solver": "qr", "stagger": True, "bf16_roots": True},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from common import largest_difference, make_params, set_gradients
+from common import COMPETITION, largest_difference, make_params, set_gradients
 from reference import trajectory
 
 from shampoo import AdamWShampoo
@@ -124,7 +124,7 @@ REFERENCE = {
 @pytest.mark.parametrize("pattern", ["every 20th", "different counts in one stack", "none at first"])
 @pytest.mark.parametrize("case", REFERENCE)
 def test_weights_with_roots_are_those_of_the_reference_when_gradients_come(case, pattern):
-    options = dict(AdamWShampoo([torch.zeros(1)]).defaults) | BASE | REFERENCE[case]
+    options = dict(AdamWShampoo([torch.zeros(1)]).defaults) | COMPETITION | BASE | REFERENCE[case]
     shapes, rng = [(6, 5), (7,), (), (6, 5), (9, 4), (6, 5)], np.random.default_rng(0)
     weights = [rng.standard_normal(shape) for shape in shapes]
     scale = 1 if pattern == "different counts in one stack" else 5  # 40 steps show what takes 200

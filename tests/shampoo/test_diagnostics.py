@@ -6,14 +6,16 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from common import make_params, set_gradients
+from common import COMPETITION, make_params, set_gradients
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from shampoo import AdamWShampoo
 from shampoo.diagnostics import diagnostics, log_diagnostics, spectrum, weights
 
-OPTIONS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-3, "block_size": 8, "merge_dims": False, "precondition_frequency": 3}
+OPTIONS = COMPETITION | {
+    "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-3, "block_size": 8, "merge_dims": False, "precondition_frequency": 3
+}  # fmt: skip
 GRADIENT = {"gradient_norm", "gradient_nuclear_norm", "nuclear_ratio"}
 UPDATE = {"update_norm", "update_ratio"}
 FACTORS = {"condition", "effective_rank", "root_residual", "roots_missing"}

@@ -206,7 +206,7 @@ def test_the_state_of_another_optimizer_is_refused():
 def test_errors_of_a_state_dict_use_parameter_names():
     def make(rows):
         layer = torch.nn.Linear(4, rows)
-        return AdamWShampoo(layer.named_parameters(), block_size=8)
+        return AdamWShampoo(layer.named_parameters(), block_size=8, max_factor_ratio=None)
 
     with pytest.raises(ValueError, match=r"parameter weight of shape \(3, 4\)"):
         make(3).load_state_dict(make(2).state_dict())

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from common import COMPETITION
 
 from shampoo import AdamWShampoo
 from shampoo.blocks import block_exponents
 from shampoo.preconditioner import Kronecker
 
-DEFAULTS = dict(AdamWShampoo([torch.zeros(1)]).defaults)
+DEFAULTS = dict(AdamWShampoo([torch.zeros(1)]).defaults) | COMPETITION
 
 
 @pytest.mark.parametrize(

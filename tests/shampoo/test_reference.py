@@ -3,19 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from common import largest_difference
+from common import COMPETITION, largest_difference
 from reference import trajectory
 
 from shampoo import AdamWShampoo
 
 SHAPES = [(), (1,), (7,), (5, 6), (1, 8, 1), (9, 4), (4, 3, 5), (3, 2, 4, 3), (9, 4), (0, 3)]
-BASE = dict(AdamWShampoo([torch.zeros(1)]).defaults) | {
-    "betas": (0.9, 0.97),
-    "eps": 1e-2,  # large enough that rounding errors of rank-deficient factors stay small
-    "precondition_frequency": 3,
-    "start_preconditioning_step": 2,
-    "block_size": 1024,
-}
+BASE = (
+    dict(AdamWShampoo([torch.zeros(1)]).defaults)
+    | COMPETITION
+    | {
+        "betas": (0.9, 0.97),
+        "eps": 1e-2,  # large enough that rounding errors of rank-deficient factors stay small
+        "precondition_frequency": 3,
+        "start_preconditioning_step": 2,
+        "block_size": 1024,
+    }
+)
 # At the first step, a matrix is diagonal in its own eigenbases up to rounding, which an eps of 1e-8 would let through.
 SOAP = {"preconditioner": "soap", "start_preconditioning_step": 1, "grafting_eps": 1e-5}
 CASES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import make_params, train
+from common import COMPETITION, make_params, train
 
 from shampoo import AdamWShampoo
 
@@ -32,7 +32,7 @@ def split(flat, shapes):
 def test_weights_equal_the_stored_ones(name, device):
     case = CASES[name]
     params = [torch.nn.Parameter(w.to(device)) for w in split(DATA[f"{name}/init"], case["shapes"])]
-    optimizer = AdamWShampoo(params, **case["options"])
+    optimizer = AdamWShampoo(params, **COMPETITION | case["options"])
     stored = dict(zip(DATA[f"{name}/steps"].tolist(), DATA[f"{name}/param"]))
     for t, (lr, grads) in enumerate(zip(case["lrs"], DATA[f"{name}/grad"])):
         optimizer.param_groups[0]["lr"] = lr
@@ -52,7 +52,10 @@ def test_weights_equal_the_stored_ones(name, device):
         (SOAP | {"grafting": "none"}, "with preconditioner 'soap', grafting is 'none'; it must be one of 'adam'"),
         (SOAP | {"normalized_grafting": True}, "with preconditioner 'soap', normalized_grafting is True; .* False"),
         (SOAP | {"bf16_roots": True}, "with preconditioner 'soap', bf16_roots is True; it must be one of False"),
-        ({"covariance": "kl"}, r"covariance 'kl' is defined for exponents 1/2; .* \(0.25, 0.25\): set exponents=0.5"),
+        (
+            {"covariance": "kl", "exponents": None},
+            r"covariance 'kl' is defined for exponents 1/2; .* \(0.25, 0.25\): set exponents=0.5",
+        ),
         (KL | {"exponents": (0.5, 0.25)}, "covariance 'kl' is defined for exponents 1/2"),
         (KL | {"exponent_multiplier": 0.9}, "covariance 'kl' is defined for exponents 1/2"),
         ({"covariance": "KL"}, "covariance is 'KL'; it must be one of 'gram', 'kl'"),
@@ -67,9 +70,10 @@ def test_what_is_not_defined_is_refused(options, words):
 
 def test_kl_takes_the_exponents_that_are_left():
     """With max_factor_ratio, thin matrices keep one factor, and exponents=None is 1/2 for it."""
-    AdamWShampoo(make_params((3, 16), (8,)), covariance="kl", max_factor_ratio=1.0)
+    options = {"covariance": "kl", "exponents": None, "max_factor_ratio": 1.0}
+    AdamWShampoo(make_params((3, 16), (8,)), **options)
     with pytest.raises(ValueError, match=r"set exponents=0\.5"):
-        AdamWShampoo(make_params((3, 16), (8, 8)), covariance="kl", max_factor_ratio=1.0, merge_dims=False)
+        AdamWShampoo(make_params((3, 16), (8, 8)), merge_dims=False, **options)
 
 
 @pytest.mark.parametrize("options", [SOAP, SOAP | {"solver": "qr"}, KL, KL | {"max_factor_ratio": 1.0}], ids=str)
