@@ -1,6 +1,6 @@
 # make run: train mnist_resnet with five points.
 # make test: all tests.  make test-fast: those that take under a minute in total on 2 cores.  make lint: ruff and mypy.
-# make suite: all submissions on all workloads; run again, it goes on.  STUDIES=5: five seeds.  QUICK=1: three workloads.
+# make suite: all submissions on all workloads; run again, it goes on.  STUDIES=5: five seeds.  QUICK=1: two workloads.
 # make docs: build the pages in site/ with links checked, in an environment of their own, which needs no torch.
 # TORCH=2.5.1 picks a torch version, in its own environment.
 VENV := .venv$(if $(TORCH),-$(TORCH))

@@ -24,7 +24,7 @@ OURS = [
 ]
 BASELINES = sorted(str(path) for path in RUNNER.glob("baselines/*/submission.py"))
 NUM_POINTS = 5
-QUICK = ["flights_dlrm", "mnist_unet", "solubility_gnn"], 2  # workloads, points
+QUICK = ["mnist_unet", "solubility_gnn"], 2  # workloads, points
 REFERENCE = "nadamw"
 
 FLAGS = flags.FLAGS
