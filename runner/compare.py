@@ -1,7 +1,7 @@
 """`python -m runner.compare`: compare the steps to target of variants with those of a base.
 
 The base and each variant run at their own best learning rate, chosen from a ladder on a separate seed, on the same seeds (see
-`runner.study`). Repeat the command to continue. For example:
+`runner.study`). Write the curves of the first seed to curves.png. Repeat the command to continue. For example:
 
     python -m runner.compare --output_dir=DIR --base=shampoo=submission.py:runner/tuning_search_space.json \\
         --variants='half={"exponents": 0.5}' --variants=runner/baselines/soap/submission.py --workloads=mnist_vit --seeds=5
@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 from absl import app, flags
 
+from .page import curves
+from .plots import colors, plot_curves
 from .ratios import ALL, format_ratio, ratios
 from .study import (
     Entry,
@@ -104,7 +106,7 @@ def print_comparison(path: Path, base: str, entries: Sequence[Entry], workloads:
 
 
 def main(_: Sequence[str]) -> None:
-    """Run what is missing and print the tables. Exit with status 1 if a run failed."""
+    """Run what is missing, print the tables, and plot the curves. Exit with status 1 if a run failed."""
     workloads = FLAGS.workloads
     path = Path(FLAGS.output_dir).expanduser().resolve() / "runs.csv"
     try:
@@ -114,6 +116,8 @@ def main(_: Sequence[str]) -> None:
         check_entries(entries, workloads)
         failures = run_studies(path, entries, workloads, FLAGS.seeds, FLAGS.max_workers)
         print_comparison(path, base.name, entries, workloads, FLAGS.seeds)
+        rows, color = reported(read_table(path), entries, workloads, FLAGS.seeds), colors([entry.name for entry in entries])
+        plot_curves(curves(rows, workloads), "steps", color, path.with_name("curves.png"))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if failures:

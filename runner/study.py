@@ -225,7 +225,10 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def finished(table: pd.DataFrame) -> set[Run]:
-    """Return the runs that need not be repeated. Runs that ended at an easier target or another step hint are, if they miss."""
+    """Return the runs that need not be repeated.
+
+    A run that misses today's target is repeated if it ended at an earlier target, or under another step hint.
+    """
     known = table.loc[table["steps_to_target"].notna(), "workload"].unique()
     hints = table["workload"].map({name: workload_class(name).step_hint for name in known})
     reached, full = np.isfinite(table["steps_to_target"]), (table["ended"] == "steps") & (table["steps"] == hints)

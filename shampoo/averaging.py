@@ -10,7 +10,9 @@ GAMMA = 6.94  # the window's standard deviation is 0.10 of the steps so far: sqr
 
 
 def update_averages(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
-    """E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E) in place, where t is num_averaged + 1; integer tensors are copied.
+    """Update the averages E with the weights W in place; copy integer tensors.
+
+    E <- E + (1 - (1 - 1/t)^(GAMMA + 1)) (W - E), where t is num_averaged + 1.
 
     This is a `multi_avg_fn` for `torch.optim.swa_utils.AveragedModel`, also with use_buffers=True.
     """
@@ -73,6 +75,6 @@ class AveragedWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that was saved together with the model's own; load that too."""
+        """Load a `state_dict()`. Also load the model's own that was saved with it: one holds E, the other W."""
         torch._foreach_copy_(self._other, state_dict["tensors"])
         self._step, self._training = state_dict["step"], state_dict["training"]

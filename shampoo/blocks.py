@@ -116,10 +116,16 @@ def view(grid: Grid, shape: Shape) -> View:
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
 
 
+def factor_ratio(options: Mapping[str, Any]) -> float | None:
+    """Return max_factor_ratio; "auto" is 2, or None for grafting "none", which has no step for blocks without factors."""
+    auto = None if options["grafting"] == "none" else 2.0
+    return auto if options["max_factor_ratio"] == "auto" else options["max_factor_ratio"]
+
+
 def merged_shape(shape: Shape, options: Mapping[str, Any]) -> Shape:
     """Return the shape that is cut into blocks: `merge_dims` of this shape if the option is on; (1,) for a scalar."""
     if options["merge_dims"]:
-        return merge_dims(shape, options["block_size"], options["max_factor_ratio"])
+        return merge_dims(shape, options["block_size"], factor_ratio(options))
     return shape or (1,)
 
 
@@ -131,7 +137,7 @@ def block_exponents(block: Sequence[int], options: Mapping[str, Any]) -> Exponen
     k factors; if it is a number, each is that number. For a pair (left, right), the first of k dimensions gets left and each
     other one right/(k-1); a vector gets left + right. All are times `exponent_multiplier`.
     """
-    order, exponents, ratio = len(block), options["exponents"], options["max_factor_ratio"]
+    order, exponents, ratio = len(block), options["exponents"], factor_ratio(options)
     kept = [ratio is None or d * d <= ratio * prod(block) for d in block]
     if not any(kept) or (order == 1 and (not options["precondition_vectors"] or options["preconditioner"] == "soap")):
         return None

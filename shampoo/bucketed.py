@@ -65,8 +65,6 @@ class BucketedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("step", 0)
-        if group["max_factor_ratio"] == "auto":
-            group["max_factor_ratio"] = None if group["grafting"] == "none" else 2.0
         if group["start_preconditioning_step"] is None:  # a later change of the frequency does not move the start
             group["start_preconditioning_step"] = 1 if group["preconditioner"] == "soap" else group["precondition_frequency"]
 

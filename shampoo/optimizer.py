@@ -35,11 +35,12 @@ class AdamWShampoo(BucketedOptimizer):
         maximize: take -G for G.
         bias_correction: divide averages by 1 - beta^t, where t counts a parameter's own gradients. Grafting "adam" always
             corrects its second moment.
-        block_size, merge_dims: see `blocks`. Merging turns a matrix with at most block_size elements into a vector.
+        block_size, merge_dims: see `blocks`. Without max_factor_ratio, merging turns a matrix with at most block_size elements
+            into a vector.
         max_dim: a parameter with a dimension >= max_dim has no factors; the grafting method alone updates it (Adam if that is
             "none" or "sgd").
         precondition_frequency: steps between refreshes of the roots.
-        factor_frequency: k: factors take a parameter's first gradient and then every k-th, with decay rate betas[1]^k.
+        factor_frequency: update factors with a parameter's first gradient, then with every k-th, with decay rate betas[1]^k.
         start_preconditioning_step: step of the first refresh; before it the grafting method alone updates all blocks. None: the
             group's initial precondition_frequency, or 1 for "soap". With grafting "none", roots are zero before it, and only
             decay acts.
@@ -48,30 +49,31 @@ class AdamWShampoo(BucketedOptimizer):
             grafting "adam" (or "rmsprop" or "adagrad", to take their step in place of Adam's). Vectors have no factors then.
         covariance: "gram": factors are averages of G G^T and G^T G; "kl": of the gradient preconditioned on the other sides
             (see `Kronecker.update`), for exponents 1/2.
-        max_factor_ratio: c: a dimension d of a block of n elements has a factor only if d^2 <= c n, so that each factor and its
-            root take at most 2 c n elements; None: no limit. c = 1 leaves out vectors and the long sides of thin matrices.
-            "auto": 2, or None with grafting "none", which has no step of its own for blocks without factors.
+        max_factor_ratio: c, or None for no limit. A dimension of size d in a block of n elements has a factor only if
+            d^2 <= c n, so that each factor and its root take at most 2 c n elements. c = 1 leaves out vectors and the long
+            sides of thin matrices. "auto" is 2, or None with grafting "none", which has no step for blocks without factors.
         exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
             "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].
         unfactored_beta2: the same for blocks without factors, such as vectors; None: as for the others.
         grafting_eps: added to the square root of the second moment.
-        normalized_grafting: graft from each block's G / ||G||_F: V always, the step in place of N once roots are in use.
+        normalized_grafting: update the grafting method's second moment from each block's G / ||G||_F and, once there are
+            roots, take its step from that instead of the averaged gradient.
         solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
             products only, for accelerators, for exponents 1, 1/2, 1/3, ...
         qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
         stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
-        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) have a factor; if not, see max_dim.
+        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) may have factors; if not, see max_dim.
         bf16_roots: keep roots in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions; None: that of the state.
         max_skipped_steps: raise FloatingPointError on this many consecutive non-finite steps.
         process_group: the ranks that share the blocks, a ProcessGroup or a one-dimensional DeviceMesh; None: the default group
             if torch.distributed is initialized, otherwise this process alone.
 
-    Options may be changed in `param_groups` between steps, on all ranks alike; their values are not checked then. A change of
-    those that decide which state there is (block_size, exponents, solver, ...) keeps the state that fits, and raises ValueError
-    at the next step if some does not.
+    Options may be changed in `param_groups` between steps, on all ranks alike. Only those that decide which state there is
+    (block_size, exponents, solver, ...) are then checked: the next step keeps the state that fits, and raises ValueError if
+    some does not.
 
     Raises:
         ValueError: for an invalid option, a complex or integer parameter, or no parameters; in `step`, for state that does not

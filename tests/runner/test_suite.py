@@ -140,6 +140,7 @@ def test_a_comparison_prints_ratios_of_variants_and_files(tmp_path):
     ratios = output.split("steps over those of base")[1]
     assert "1.00 [1.00, 1.00]" in ratios
     assert "> " in ratios  # the slow one misses
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     table = pd.read_csv(tmp_path / "runs.csv")
     assert len(table) == 3 * (2 + 3)
 
