@@ -51,7 +51,7 @@ class AdamWShampoo(BucketedOptimizer):
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c, or None for no limit. A dimension of size d in a block of n elements has a factor only if
             d^2 <= c n, so that each factor and its root take at most 2 c n elements. c = 1 leaves out vectors and the long
-            sides of thin matrices. "auto" is 2, or None with grafting "none", which has no step for blocks without factors.
+            sides of thin matrices. "auto": 2, or None with grafting "none", which has no step for blocks without factors.
         exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
             "soap", it only matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
@@ -64,7 +64,7 @@ class AdamWShampoo(BucketedOptimizer):
             products only, for accelerators, for exponents 1, 1/2, 1/3, ...
         qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
         stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
-        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) may have factors; if not, see max_dim.
+        precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) can have factors; else, see max_dim.
         bf16_roots: keep roots in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions; None: that of the state.
         max_skipped_steps: raise FloatingPointError on this many consecutive non-finite steps.
