@@ -69,8 +69,7 @@ TYPES = {"submission": str, "workload": str, "point": str, "seed": int, "curve":
 
 def parse_entry(text: str, num_points: int) -> Entry:
     """Parse [NAME=]PATH[:SEARCH_SPACE or :self]. The default name is that of the file's folder; the default search space is
-    tuning_search_space.json in that folder. "self" stands for AlgoPerf's self-tuning ruleset: the only
-    point is None.
+    tuning_search_space.json in that folder. With :self, as under AlgoPerf's self-tuning ruleset, the only point is None.
 
     Raise ValueError for a file that does not exist, or a search space with fewer than `num_points` points.
     """

@@ -196,7 +196,7 @@ class BucketedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps only defaults, groups, and state
         if self._ranks.size > 1:
-            raise RuntimeError("an optimizer on multiple ranks cannot be pickled or copied: use state_dict()")
+            raise RuntimeError("optimizers on multiple ranks cannot be pickled or copied: use consolidate_state_dict()")
         self._update_buckets()
         kept = {name: vars(self)[name] for name in ("defaults", "param_groups", *KEPT)}
         return {**kept, "state": defaultdict(dict, checkpoint.foreign(self._buckets, dict(dict.items(self.state))))}
