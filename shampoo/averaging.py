@@ -36,20 +36,27 @@ class AveragedWeights:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
-        self._other = [x.detach().clone() for x in self._held()]  # E, but W between eval() and train()
-        self._step, self._training = 0, True
+        self._model, self._step, self._training = model, 0, True
+        self._other: dict[Any, Tensor] = {}  # E, but W between eval() and train()
+        self._pairs()
 
-    def _held(self) -> list[Tensor]:
-        """Return the tensors that the model holds. They may be new at each step: some layers assign to their buffers."""
-        return [x for x in chain(self._model.parameters(), self._model.buffers()) if x.is_floating_point()]
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the other tensors, and those that the model holds.
+
+        Some layers assign new tensors to their buffers. The average of one that is new, or has another shape, dtype, or device,
+        starts anew.
+        """
+        named = chain(self._model.named_parameters(), self._model.named_buffers())
+        held = {(name, x.shape, x.dtype, x.device): x for name, x in named if x.is_floating_point()}
+        self._other = {key: self._other[key] if key in self._other else x.detach().clone() for key, x in held.items()}
+        return list(self._other.values()), list(held.values())
 
     @torch.no_grad()
     def update(self) -> None:
         """Apply `update_averages`."""
         if not self._training:
             raise RuntimeError("the model holds the averages; call train() before the optimizer's step")
-        update_averages(self._other, self._held(), self._step)
+        update_averages(*self._pairs(), self._step)
         self._step += 1
 
     def eval(self) -> None:
@@ -63,18 +70,18 @@ class AveragedWeights:
     @torch.no_grad()
     def _place(self, training: bool) -> None:
         if training != self._training:
-            held = self._held()
+            others, held = self._pairs()
             kept = [x.clone() for x in held]
-            torch._foreach_copy_(held, self._other)
-            torch._foreach_copy_(self._other, kept)
+            torch._foreach_copy_(held, others)
+            torch._foreach_copy_(others, kept)
             self._training = training
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tensors that are not in the model, in the order of its parameters and buffers, and which ones they are."""
-        return {"tensors": list(self._other), "step": self._step, "training": self._training}
+        return {"tensors": list(self._other.values()), "step": self._step, "training": self._training}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`. Also load the model's own that was saved with it: one holds E, the other W."""
-        torch._foreach_copy_(self._other, state_dict["tensors"])
+        torch._foreach_copy_(self._pairs()[0], state_dict["tensors"])
         self._step, self._training = state_dict["step"], state_dict["training"]

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
+AUTO = {"exponents": 0.5, "max_factor_ratio": 2.0}
 Exponents = tuple[float, ...]  # of the inverse roots of a block's dimensions; 0 where there is no factor
 
 
@@ -116,17 +117,15 @@ def view(grid: Grid, shape: Shape) -> View:
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
 
 
-def factor_ratio(options: Mapping[str, Any]) -> float | None:
-    """Return max_factor_ratio; "auto" is 2, or None for grafting "none", which has no step for blocks without factors."""
-    auto = None if options["grafting"] == "none" else 2.0
-    return auto if options["max_factor_ratio"] == "auto" else options["max_factor_ratio"]
+def resolve(options: Mapping[str, Any], name: str) -> Any:
+    """Return an option; for "auto", its value in AUTO, or None with grafting "none", which does not set lengths anew."""
+    return options[name] if options[name] != "auto" else None if options["grafting"] == "none" else AUTO[name]
 
 
 def merged_shape(shape: Shape, options: Mapping[str, Any]) -> Shape:
     """Return the shape that is cut into blocks: `merge_dims` of this shape if the option is on; (1,) for a scalar."""
-    if options["merge_dims"]:
-        return merge_dims(shape, options["block_size"], factor_ratio(options))
-    return shape or (1,)
+    ratio = resolve(options, "max_factor_ratio")
+    return merge_dims(shape, options["block_size"], ratio) if options["merge_dims"] else shape or (1,)
 
 
 def block_exponents(block: Sequence[int], options: Mapping[str, Any]) -> Exponents | None:
@@ -137,7 +136,7 @@ def block_exponents(block: Sequence[int], options: Mapping[str, Any]) -> Exponen
     k factors; if it is a number, each is that number. For a pair (left, right), the first of k dimensions gets left and each
     other one right/(k-1); a vector gets left + right. All are times `exponent_multiplier`.
     """
-    order, exponents, ratio = len(block), options["exponents"], factor_ratio(options)
+    order, exponents, ratio = len(block), resolve(options, "exponents"), resolve(options, "max_factor_ratio")
     kept = [ratio is None or d * d <= ratio * prod(block) for d in block]
     if not any(kept) or (order == 1 and (not options["precondition_vectors"] or options["preconditioner"] == "soap")):
         return None
@@ -151,7 +150,6 @@ def block_exponents(block: Sequence[int], options: Mapping[str, Any]) -> Exponen
 
 def parameter_exponents(shape: Shape, options: Mapping[str, Any]) -> list[Exponents]:
     """Return the exponents of each shape of a parameter's blocks that have factors; [] if a dimension is >= max_dim."""
-    if max(shape, default=1) >= options["max_dim"]:
-        return []
-    found = [block_exponents(grid.block, options) for grid in cut(merged_shape(shape, options), options["block_size"])]
+    grids = cut(merged_shape(shape, options), options["block_size"]) if max(shape, default=1) < options["max_dim"] else []
+    found = [block_exponents(grid.block, options) for grid in grids]
     return [exponents for exponents in found if exponents is not None]

@@ -203,7 +203,7 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Any], ranks: Ranks) -> 
     if sizes != expected:
         raise ValueError(f"the state_dict has groups of {sizes} parameters; this optimizer has groups of {expected}")
     for k, of_group in enumerate(options):
-        if missing := {"step", *OPTIONS} - {*ADDED} - of_group.keys():
+        if missing := {"step", *OPTIONS} - ADDED - of_group.keys():
             raise ValueError(f"group {k} of the state_dict lacks {', '.join(sorted(missing))}: is it another optimizer's?")
     found = [cast(Group, {**group, "max_factor_ratio": None, **other}) for group, other in zip(groups, options, strict=True)]
     check_groups(found)

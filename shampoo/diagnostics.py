@@ -124,7 +124,8 @@ def factor_figures(bucket: Bucket) -> dict[int, Figures]:
             for param, A, X, Q in zip(params, *blocks, strict=True) if p else ():
                 of_block = spectrum(A / corrections[param], X, p, eps, relative)
                 figures = dict(zip(("condition", "effective_rank", "root_residual"), of_block, strict=True))
-                figures["roots_missing"] = is_missing(Q if X is None else X)
+                own = Q if X is None else X  # zeros: not computed yet; the identity: the solver failed
+                figures["roots_missing"] = not own.any() or torch.equal(own, torch.eye(len(own)).to(own))
                 if X is None:
                     del figures["root_residual"]
                 if Q is not None:
@@ -161,11 +162,6 @@ def spectrum(A: Tensor, X: Tensor | None, p: float, eps: float, relative_eps: bo
     residual = nan if X is None else (torch.linalg.matrix_norm(half @ X @ half - eye) / len(A) ** 0.5).item()
     rank = torch.special.entr(lam / lam.sum()).sum().exp()
     return (shifted[-1] / shifted[0]).item(), rank.item(), residual
-
-
-def is_missing(X: Tensor) -> bool:
-    """Return whether a root or a basis is zero or the identity."""
-    return not X.any() or torch.equal(X, torch.eye(len(X), dtype=X.dtype, device=X.device))
 
 
 def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
 from .copies import Flat, Inputs, attempt, flat_views, move, read
-from .options import OPTIONS, plain
+from .options import OPTIONS, ExponentsOption, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -51,9 +51,10 @@ class AdamWShampoo(BucketedOptimizer):
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c, or None for no limit. A dimension of size d in a block of n elements has a factor only if
             d^2 <= c n, so that each factor and its root take at most 2 c n elements. c = 1 leaves out vectors and the long
-            sides of thin matrices. "auto": 2, or None with grafting "none", which has no step for blocks without factors.
-        exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors. For
-            "soap", it only matters which exponents are 0.
+            sides of thin matrices. "auto": 2, or None with grafting "none".
+        exponents, exponent_multiplier: see `blocks.block_exponents`; None is 1/(2k) for each of a block's k factors.
+            "auto": 1/2, or None with grafting "none", so that steps do not grow where gradients shrink. For "soap", it only
+            matters which exponents are 0.
         grafting: one of "none", "sgd", "adagrad", "rmsprop", "adam".
         grafting_beta2: decay rate of the grafting method's second moment; None: betas[1].
         unfactored_beta2: the same for blocks without factors, such as vectors; None: as for the others.
@@ -116,7 +117,7 @@ class AdamWShampoo(BucketedOptimizer):
         preconditioner: str = "shampoo",
         covariance: str = "gram",
         max_factor_ratio: float | Literal["auto"] | None = "auto",
-        exponents: float | tuple[float, float] | None = 0.5,
+        exponents: ExponentsOption = "auto",
         exponent_multiplier: float = 1.0,
         grafting: str = "adam",
         grafting_beta2: float | None = None,

@@ -16,14 +16,15 @@ from .roots import SOLVERS
 from .rules import BOOL, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
 
 STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
-ADDED = (  # options that a state_dict of an earlier version may lack
-    "maximize", "cautious_decay", "factor_frequency", "preconditioner", "covariance", "max_factor_ratio", "unfactored_beta2",
-    "qr_tolerance",
-)  # fmt: skip
+# Options that a state_dict of an earlier version may lack
+ADDED = {"maximize", "cautious_decay", "factor_frequency", "preconditioner", "covariance", "max_factor_ratio",
+         "unfactored_beta2", "qr_tolerance"}  # fmt: skip
 NOT_NEEDED = {  # other optimizers' options, which groups may have if they are off, and why
     "amsgrad": "AdamWShampoo has no counterpart", "capturable": "step counts are on the host",
     "foreach": "updates are always batched", "fused": "updates are always batched", "differentiable": "updates are in place",
 }  # fmt: skip
+
+ExponentsOption = float | tuple[float, float] | Literal["auto"] | None
 
 
 class Options(TypedDict):
@@ -49,7 +50,7 @@ class Options(TypedDict):
     preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL]
     covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL]
     max_factor_ratio: Annotated[float | Literal["auto"] | None, either(real(0, above=True), one_of("auto", None)), STRUCTURAL]
-    exponents: Annotated[float | tuple[float, float] | None, either(real(0), pair(real(0), real(0)), NONE), STRUCTURAL]
+    exponents: Annotated[ExponentsOption, either(real(0), pair(real(0), real(0)), one_of("auto", None)), STRUCTURAL]
     exponent_multiplier: Annotated[float, real(0), STRUCTURAL]
     grafting: Annotated[str, one_of(*GRAFTING), STRUCTURAL]
     grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]

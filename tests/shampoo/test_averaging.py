@@ -20,6 +20,20 @@ class Centered(nn.Module):
         return x - self.running_mean
 
 
+class Caches(nn.Module):
+    """Assigns buffers whose shape or dtype changes, or that did not exist at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(1))
+        self.register_buffer("low", torch.zeros(3))
+        self.register_buffer("late", None)
+
+    def forward(self, x):
+        self.mask, self.low, self.late = torch.ones(len(x)), x.detach().mean(0).bfloat16(), x.detach().mean(0)
+        return x
+
+
 def make_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), Centered(), nn.BatchNorm1d(3), nn.Linear(3, 2))
@@ -115,3 +129,20 @@ def test_an_update_of_the_average_by_itself_is_refused():
     averages.eval()
     with pytest.raises(RuntimeError, match="call train"):
         averages.update()
+
+
+def test_buffers_that_are_new_or_have_another_shape_or_dtype_start_anew():
+    model = nn.Sequential(nn.Linear(4, 3), Caches())
+    averages = AveragedWeights(model)
+    for size in (8, 8, 5):
+        averages.train()
+        model(torch.randn(size, 4))
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        averages.update()
+        trained = {name: x.clone() for name, x in model.state_dict().items()}
+        averages.eval()
+    assert torch.equal(model[1].mask, torch.ones(5))
+    assert not torch.equal(model[1].late, trained["1.late"])
+    averages.train()
+    assert_equal(trained, model.state_dict())

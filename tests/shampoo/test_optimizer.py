@@ -400,3 +400,26 @@ def test_it_learns_faster_than_adam():
 
     ours = final_loss(lambda p: AdamWShampoo(p, lr=0.05, precondition_frequency=1))
     assert ours < 0.5 * final_loss(lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0))
+
+
+def test_without_grafting_the_defaults_do_not_depend_on_the_scale_of_gradients():
+    ends = []
+    for scale in (1e3, 1.0, 1e-3):
+        (W,) = make_params((40, 30))
+        optimizer = AdamWShampoo([W], lr=1e-3, grafting="none")
+        for t in range(12):
+            set_gradients([W], t, scale)
+            optimizer.step()
+        ends.append(W.detach())
+    for W in ends[1:]:
+        torch.testing.assert_close(W, ends[0], rtol=1e-4, atol=1e-6)
+
+
+def test_auto_can_be_set_again_between_steps():
+    (W,) = make_params((40, 30))
+    optimizer = AdamWShampoo([W])
+    for ratio in ("auto", None, 2.0, "auto"):
+        optimizer.param_groups[0]["max_factor_ratio"] = ratio
+        set_gradients([W], 0)
+        optimizer.step()
+    assert "factors.0.0" in optimizer.state[W]
