@@ -135,22 +135,7 @@ def update_params(
         optimizer_state["averages"].train()
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    logits, model_state = workload.model_fn(
-        params=model,
-        augmented_and_preprocessed_input_batch=batch,
-        model_state=model_state,
-        mode=spec.ForwardPassMode.TRAIN,
-        rng=rng,
-        update_batch_norm=True,
-        dropout_rate=hyperparameters.dropout_rate,
-    )
-    losses = workload.loss_fn(
-        label_batch=batch["targets"],
-        logits_batch=logits,
-        mask_batch=batch.get("weights"),
-        label_smoothing=hyperparameters.label_smoothing,
-    )
-    local_loss, loss = global_loss(losses["summed"], losses["n_valid_examples"])
+    local_loss, loss, model_state = compute_loss(workload, model, model_state, hyperparameters, batch, rng)
     local_loss.backward()
     average_gradients(model)
 
@@ -204,6 +189,33 @@ def data_selection(
 ) -> dict[str, Tensor]:
     """Return the next batch of the queue."""
     return next(input_queue)
+
+
+def compute_loss(
+    workload: spec.Workload,
+    model: spec.ParameterContainer,
+    model_state: spec.ModelAuxiliaryState,
+    hyperparameters: spec.Hyperparameters,
+    batch: dict[str, Tensor],
+    rng: spec.RandomState,
+) -> tuple[Tensor, Tensor, spec.ModelAuxiliaryState]:
+    """Return the `global_loss` of a batch of this rank, and the model's new auxiliary state."""
+    logits, model_state = workload.model_fn(
+        params=model,
+        augmented_and_preprocessed_input_batch=batch,
+        model_state=model_state,
+        mode=spec.ForwardPassMode.TRAIN,
+        rng=rng,
+        update_batch_norm=True,
+        dropout_rate=hyperparameters.dropout_rate,
+    )
+    losses = workload.loss_fn(
+        label_batch=batch["targets"],
+        logits_batch=logits,
+        mask_batch=batch.get("weights"),
+        label_smoothing=hyperparameters.label_smoothing,
+    )
+    return *global_loss(losses["summed"], losses["n_valid_examples"]), model_state
 
 
 def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -157,8 +157,7 @@ class AdamWShampoo(BucketedOptimizer):
             inputs, error = [*inputs, found], error or failure
 
         # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
-        directions: list[Flat] = []
-        skip = error is not None
+        directions, skip = list[Flat](), error is not None
         try:
             if not skip:
                 finite = self._health.check(self._buckets, inputs, self._names)
@@ -172,9 +171,8 @@ class AdamWShampoo(BucketedOptimizer):
             error, skip = failed, True
 
         # 3. Directions of all ranks
-        gathered: list[list[Tensor]] = []  # [bucket][rank]
-        if self._exchange is not None:
-            gathered = self._exchange.run([P for P, _ in directions] if not skip else [], [skip, error is not None])
+        exchange, outcome = self._exchange, [skip, error is not None]
+        gathered = exchange.run([P for P, _ in directions] if not skip else [], outcome) if exchange is not None else []
         if error is not None:
             raise error  # other ranks raise at their next step
 
@@ -185,7 +183,7 @@ class AdamWShampoo(BucketedOptimizer):
                     self._health.report(bucket, self._names)
                 views = [directions[i][1]]
                 if gathered:
-                    of_ranks = zip(bucket.layouts, gathered[i], strict=True)
+                    of_ranks = zip(bucket.layouts, gathered[i], strict=True)  # gathered: [bucket][rank]
                     views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
         except Exception:

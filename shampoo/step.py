@@ -22,8 +22,7 @@ Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - 
 def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Update the state of this rank's blocks by one step; return their directions P, a flat vector, and its `flat_views`.
 
-    The weights do not change. `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as
-    zero, and so is P.
+    `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as zero, and so is P.
     """
     group, layout, V = bucket.group, bucket.layout, bucket.exp_avg_sq
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
@@ -42,14 +41,12 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         refresh_roots(bucket, t, start, of_params)
 
     # Moments V and M, and the averaged gradient N, which overwrites G, and so `grafted` if that is G
-    grafted = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
-    if bucket.rotates:
-        grafted = rotate(bucket.preconditioners, stacks)
+    scaled = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
+    grafted = rotate(bucket.preconditioners, stacks) if bucket.rotates else scaled
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
     parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
     for part, _, _, factored in parts if V is not None else ():
-        _, beta2, _ = methods[factored]
-        update.accumulate_squares(update.at(V, part), grafted[part], beta2, update.at(present, part))
+        update.accumulate_squares(update.at(V, part), grafted[part], methods[factored][1], update.at(present, part))
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
     N = update.average(bucket.exp_avg, G, group["betas"][0], group["nadam"], bc1, present)
 
@@ -60,17 +57,15 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         if not factored or (t < start and method.sets_length):
             N[part].copy_(step(N[part]))
             continue
-        source = rotate(bucket.preconditioners[some], stacks[some]) if bucket.rotates else grafted[part]
-        A = step(source).split_with_sizes(lengths)
-        for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A, strict=True):
+        A = step(rotate(bucket.preconditioners[some], stacks[some]) if bucket.rotates else grafted[part])
+        for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A.split_with_sizes(lengths), strict=True):
             P = bucket.preconditioners[i].direction(S, A_S.view_as(S))
             if bad := update.graft(P, A_S.view_as(S), method.sets_length and not bucket.rotates, out=S):
                 bucket.unusual.update((layout.params[i][block], "directions not finite") for block in bad)
 
     # Decoupled decay, then momentum
     if group["weight_decay"] and group["decoupled_weight_decay"]:
-        decay = update.cautious_decay if group["cautious_decay"] else add
-        decay(views, inputs.views[bucket.rank], group["weight_decay"])
+        (update.cautious_decay if group["cautious_decay"] else add)(views, inputs.views[bucket.rank], group["weight_decay"])
     if bucket.momentum_buffer is not None:
         update.momentum(bucket.momentum_buffer, N, group["momentum"], group["nesterov"], present)
     return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
