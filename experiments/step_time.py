@@ -3,25 +3,25 @@
 All optimizers run in one process and take each step in turn, on the same gradients. Columns, with median times in milliseconds:
 
     ordinary, refresh   a step without and with a refresh of the roots
+    least, most         smallest and largest of the rounds' median ordinary steps
     every 1, 10, 100    the average step at that frequency of refreshes: ordinary + (refresh - ordinary) / frequency
     products            the matrix products of an ordinary step alone, on tensors of the same layout
     / adamw             ordinary over that of torch's fused AdamW
     / products          ordinary over products
     operations          operations dispatched in an ordinary step; views do not count, a list of n tensors counts ceil(n / 30)
-    syncs               operations in an ordinary step that wait for the device
-    state, peak         bytes per parameter of the state, and of temporary memory at a refresh
+    syncs               operations in an ordinary step that wait for the device; on a GPU, torch's own count of waits
+    state, peak         bytes per parameter of the state, and of temporary memory at a refresh; on a GPU, the allocator's
 
 Gradients are drawn independently at each step, so that factors change more than in training: the worst case for solver "qr".
-pytorch_optimizer and heavyball are included if they are installed.
+Other packages' optimizers are included if they are installed; see `experiments.peers` for where they come from.
 """
 
 import gc
 import statistics
 import time
+import warnings
 import weakref
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -35,12 +35,12 @@ from shampoo import AdamWShampoo
 from shampoo.hyperparameters import COMPETITION
 
 from .balance import load_shapes
+from .peers import BETAS, DECAY, LR, PEERS, is_available, use_competition
 
 FLAGS = flags.FLAGS
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mm_", "bmm_", "addmm_", "baddbmm_", "mv", "addmv"}
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique_dim", "_unique2"}
-LR = 1e-3
 
 
 class Watch(TorchDispatchMode):
@@ -89,16 +89,9 @@ class Watch(TorchDispatchMode):
 
 def shampoo(**options: Any) -> Callable[..., Optimizer]:
     """Return a constructor of `AdamWShampoo` with the competition's first point as defaults for `options`."""
-    common = {**COMPETITION, "eps": 1e-8, "exponents": None, "betas": (0.93, 0.995), "weight_decay": 0.08, "nadam": True}
+    common = {**COMPETITION, "eps": 1e-8, "exponents": None, "betas": BETAS, "weight_decay": DECAY, "nadam": True}
     return lambda params, frequency, block_size: AdamWShampoo(
         params, LR, **{**common, "precondition_frequency": frequency, "block_size": block_size, **options}
-    )
-
-
-def peer(module: str, name: str, size: str, **options: Any) -> Callable[..., Optimizer]:
-    """Return a constructor of an optimizer of another package; `size` is its name for the maximum block size."""
-    return lambda params, frequency, block_size: getattr(import_module(module), name)(
-        params, lr=LR, precondition_frequency=frequency, **{size: block_size}, **options
     )
 
 
@@ -107,11 +100,32 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "shampoo": shampoo(),
     "shampoo, defaults": lambda params, frequency, block_size: AdamWShampoo(params, LR, precondition_frequency=frequency),
     "shampoo, qr": shampoo(solver="qr"),
+    "shampoo, newton": shampoo(solver="newton", exponents=0.5),
     "shampoo, staggered": shampoo(stagger=True),
     "shampoo, small": shampoo(precondition_vectors=False, bf16_roots=True, block_size=512),
-    "pytorch_optimizer.SOAP": peer("pytorch_optimizer", "SOAP", "max_precondition_dim"),
-    "heavyball.SOAP": peer("heavyball", "SOAP", "max_precond_dim", compile_step=False),
+    **PEERS,
 }
+
+
+def watch(step: Callable[[], Any], device: torch.device) -> Watch:
+    """Call `step` under `Watch`. On a GPU, torch's sync debug mode counts its syncs, and torch's allocator its peak."""
+    found = Watch()
+    if device.type != "cuda":
+        with found:
+            step()
+        return found
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits, found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found.syncs = sum("synchronizing" in str(wait.message) for wait in waits)
+    found.peak = torch.cuda.max_memory_allocated(device) - before
+    return found
 
 
 def live_bytes() -> int:
@@ -155,13 +169,6 @@ def measure(
                 p.grad = grad  # some optimizers set it to None
         return {name: step(name) for name in names}
 
-    def watch_step(name: str) -> Watch:
-        """Take a step under `Watch`."""
-        watch = Watch()
-        with watch:
-            optimizers[name].step()
-        return watch
-
     def time_step(name: str) -> float:
         """Take a step and return its milliseconds."""
         return milliseconds(optimizers[name].step, device)
@@ -176,8 +183,8 @@ def measure(
         state[name] = live_bytes() - before - sum(p.nbytes for p in params[name])
     for _ in range(frequency - 2):
         step_all(lambda name: optimizers[name].step())
-    peaks = step_all(lambda name: watch_step(name).peak)  # step number `frequency`: a refresh
-    ordinary = step_all(watch_step)
+    peaks = step_all(lambda name: watch(optimizers[name].step, device).peak)  # step number `frequency`: a refresh
+    ordinary = step_all(lambda name: watch(optimizers[name].step, device))
     for _ in range(frequency - 1):
         step_all(time_step)
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
@@ -190,6 +197,8 @@ def measure(
     numel = sum(grad.numel() for grad in grads)
     table = pd.DataFrame({name: map(statistics.median, zip(*found, strict=True)) for name, found in rows.items()})
     table = table.T.set_axis(["ordinary", "refresh", "products"], axis=1)
+    rounds_of = {name: [ordinary for ordinary, _, _ in found] for name, found in rows.items()}
+    table["least"], table["most"] = ([of(rounds_of[name]) for name in names] for of in (min, max))
     for every in (1, 10, 100):
         table[f"every {every}"] = table["ordinary"] + (table["refresh"] - table["ordinary"]) / every
     table["/ products"] = table["ordinary"] / table["products"]
@@ -204,10 +213,14 @@ def measure(
 def main(_: Any) -> None:
     """Print the table."""
     torch.set_num_threads(FLAGS.threads)
-    names = [name for name in FLAGS.optimizer if "." not in name or find_spec(name.split(".")[0])]
+    torch.set_float32_matmul_precision(FLAGS.matmul_precision)
+    if FLAGS.competition:
+        use_competition(FLAGS.competition)
+    names = [name for name in FLAGS.optimizer if is_available(name)]
     device = torch.device(FLAGS.device)
     table = measure(names, load_shapes()[FLAGS.workload], FLAGS.frequency, FLAGS.block_size, FLAGS.rounds, device)
-    print(f"{FLAGS.workload}, {device}, {FLAGS.threads} threads, torch {torch.__version__}")
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{FLAGS.threads} CPU threads"
+    print(f"{FLAGS.workload}, {machine}, torch {torch.__version__}, float32 products in precision {FLAGS.matmul_precision!r}")
     print(table.to_string(float_format="{:.2f}".format))
 
 
@@ -226,4 +239,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 3, "measured rounds of `frequency` steps; medians are printed", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     flags.DEFINE_string("device", "cpu", "cpu or cuda")
+    flags.DEFINE_enum("matmul_precision", "highest", ["highest", "high"], "of float32 products; 'high' allows TF32 on a GPU")
+    flags.DEFINE_string("competition", None, "folder shampoo_submission of the competition's code, to time that too")
     app.run(main)
