@@ -35,7 +35,7 @@ from shampoo import AdamWShampoo
 from shampoo.hyperparameters import COMPETITION
 
 from .balance import load_shapes
-from .peers import BETAS, DECAY, LR, PEERS, is_available, use_competition
+from .peers import BETAS, DECAY, LR, PEERS, Constructor, is_available, use_competition
 
 FLAGS = flags.FLAGS
 
@@ -87,7 +87,7 @@ class Watch(TorchDispatchMode):
         self.bytes -= nbytes
 
 
-def shampoo(**options: Any) -> Callable[..., Optimizer]:
+def shampoo(**options: Any) -> Constructor:
     """Return a constructor of `AdamWShampoo` with the competition's first point as defaults for `options`."""
     common = {**COMPETITION, "eps": 1e-8, "exponents": None, "betas": BETAS, "weight_decay": DECAY, "nadam": True}
     return lambda params, frequency, block_size: AdamWShampoo(
@@ -95,12 +95,19 @@ def shampoo(**options: Any) -> Callable[..., Optimizer]:
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+def defaults(**options: Any) -> Constructor:
+    """Return a constructor of `AdamWShampoo` with its defaults but for `options`, whatever the block size."""
+    return lambda params, frequency, block_size: AdamWShampoo(params, LR, precondition_frequency=frequency, **options)
+
+
+OPTIMIZERS: dict[str, Constructor] = {
     "adamw": lambda params, frequency, block_size: torch.optim.AdamW(params, LR, fused=True),
     "shampoo": shampoo(),
-    "shampoo, defaults": lambda params, frequency, block_size: AdamWShampoo(params, LR, precondition_frequency=frequency),
+    "shampoo, defaults": defaults(),
+    "shampoo, defaults, eigh": defaults(solver="eigh"),
+    "shampoo, defaults, soap": defaults(preconditioner="soap"),
     "shampoo, qr": shampoo(solver="qr"),
-    "shampoo, newton": shampoo(solver="newton", exponents=0.5),
+    "shampoo, newton": shampoo(solver="newton", exponents=0.5, eps=1e-4, relative_eps=True),
     "shampoo, staggered": shampoo(stagger=True),
     "shampoo, small": shampoo(precondition_vectors=False, bf16_roots=True, block_size=512),
     **PEERS,

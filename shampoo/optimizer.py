@@ -45,8 +45,8 @@ class AdamWShampoo(BucketedOptimizer):
             group's initial precondition_frequency, or 1 for "soap". With grafting "none", roots are zero before it, and only
             decay acts.
         preconditioner: "shampoo", or "soap": Adam's step in the eigenbases of the factors (see `preconditioner.Eigenbasis`),
-            with the length that it has there. "soap" needs covariance "gram", solver "eigh" or "qr", a start at step 1, and
-            grafting "adam" (or "rmsprop" or "adagrad", to take their step in place of Adam's). Vectors have no factors then.
+            with the length that it has there. "soap" needs covariance "gram", a solver other than "newton", a start at step 1,
+            and grafting "adam" (or "rmsprop" or "adagrad", to take their step in place of Adam's). It has no factors of vectors.
         covariance: "gram": factors are averages of G G^T and G^T G; "kl": of the gradient preconditioned on the other sides
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c, or None for no limit. A dimension of size d in a block of n elements has a factor only if
@@ -62,7 +62,8 @@ class AdamWShampoo(BucketedOptimizer):
         normalized_grafting: update the grafting method's second moment from each block's G / ||G||_F and, once there are
             roots, take its step from that instead of the averaged gradient.
         solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
-            products only, for accelerators, for exponents 1, 1/2, 1/3, ...
+            products only, for exponents 1, 1/2, 1/3, ...; "auto", "newton" on accelerators for exponents 1/2 (for "soap",
+            "qr"), else "eigh".
         qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
         stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
         precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) can have factors; else, see max_dim.
@@ -125,7 +126,7 @@ class AdamWShampoo(BucketedOptimizer):
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
         relative_eps: bool = True,
-        solver: str = "eigh",
+        solver: str = "auto",
         qr_tolerance: float = QR_TOLERANCE,
         stagger: bool = False,
         precondition_vectors: bool = True,

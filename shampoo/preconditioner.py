@@ -167,7 +167,7 @@ class Eigenbasis(Kronecker):
     PRODUCTS = 3  # to rotate the gradient and its average, and the step back
     NEEDED: ClassVar = {
         "covariance": one_of("gram"),
-        "solver": one_of("eigh", "qr"),
+        "solver": one_of("auto", "eigh", "qr"),
         "grafting": one_of("adam", "rmsprop", "adagrad"),
         "normalized_grafting": one_of(False),
         "start_preconditioning_step": one_of(1),

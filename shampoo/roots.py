@@ -23,6 +23,7 @@ from .blocks import Exponents
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 NEWTON_STEPS = 100
+NEWTON_LOW = 0.03  # smallest l: rounding errors of M grow as 1 / l^2
 LARGEST_ROOT = 64  # largest r for which "newton" computes A^(-1/r)
 QR_TOLERANCE = 0.3
 
@@ -81,28 +82,36 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: flo
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
     """Return s^(-1/r) X for an integer r = 1/p, where X converges to (A + (eps / s) I)^(-1/r) by the coupled Newton iteration
 
-        X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I),
+        X <- X T,  M <- T^r M,  T = a ((r + 1) I - a^r M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I),
 
-    with z = (1 + r) / (2 ||A + (eps / s) I||_F), until M is I to rounding (Higham, Functions of Matrices, 7.3; Anil et al.,
-    arXiv 2002.09018). It uses matrix products only. eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon,
-    since rounding may have made eigenvalues of A negative by that much.
+    until M is I to rounding (Higham, Functions of Matrices, 7.3; Anil et al., arXiv 2002.09018). It uses matrix products only.
+    In general, a = 1 and z = (1 + r) / (2 ||A + (eps / s) I||_F). For r = 2, z = 1 / ||A + (eps / s) I||_F, so that eigenvalues
+    of M are in [l^2, 1] for a known l, and a = sqrt(3 / (1 + l + l^2)) raises l most: l <- a l (3 - a^2 l^2) / 2 (Chen & Chow,
+    "A stable scaling of Newton-Schulz", 2014). eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon, since
+    rounding may have made eigenvalues of A negative by that much.
     """
     r, eye = round(1 / p), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     rounding = torch.finfo(A.dtype).eps
-    M = A + torch.maximum(eps / s, 2 * rounding * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2) * eye
-    z = (1 + r) / (2 * torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True))
+    shift = torch.maximum(eps / s, 2 * rounding * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2)
+    M = A + shift * eye
+    norm = torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True)
+    z, low = (
+        (1 / norm, (shift / norm).sqrt().clamp(min=NEWTON_LOW)) if r == 2 else ((1 + r) / (2 * norm), torch.ones_like(norm))
+    )
     X, M = z ** (1 / r) * eye, z * M
     error = torch.linalg.vector_norm(M - eye, dim=(1, 2), keepdim=True)
     enough = 10 * rounding * A.shape[-1] ** 0.5
     going = torch.ones_like(error, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
-        T = ((r + 1) * eye - M) / r
+        a = (3 / (1 + low + low**2)).sqrt()
+        T = a / r * ((r + 1) * eye - a**r * M)
         M_next = torch.linalg.matrix_power(T, r) @ M
         error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
-        going &= (error > enough) & (error_next < 1.2 * error)  # stop when the error grows: it is rounding then
+        going &= (error > enough) & ((error_next < 1.2 * error) | (low < 0.9))  # then, an error that grows is rounding
         if not going.any():
             break
         X, M, error = X.where(~going, X @ T), M.where(~going, M_next), error.where(~going, error_next)
+        low = a * low * (3 - a**2 * low**2) / 2
     root: Tensor = s.pow(-p).unsqueeze(2) * (X + X.mT) / 2
     return root
 
@@ -123,6 +132,7 @@ class Solver(NamedTuple):
 
 
 SOLVERS: dict[str, Solver] = {
+    "auto": Solver(eigh),  # but "newton" for some roots on an accelerator; see `inverse_root`
     "eigh": Solver(eigh),
     "qr": Solver(qr, keeps_basis=True, options=("qr_tolerance",)),
     "newton": Solver(newton, check=check_newton),
@@ -149,12 +159,15 @@ def inverse_root(
 
     c is a number or (B, 1). With relative_eps, eps tr(A / c) replaces eps where the trace is positive. The paper has c = 1 and
     an absolute eps. The solver gets each matrix divided by a power of two, which avoids overflow and is exact, and its
-    `options`.
+    `options`. "auto" is "newton" on an accelerator, where `eigh` is slow, for p = 1/2 and a relative eps of at least 1e-6,
+    which bounds condition numbers by 1e6; otherwise "eigh".
 
     If any matrix fails, the whole batch is redone one by one with `eigh`, in A's dtype and then in float64, and all of Q is
     reset to zero. If both fail, or the matrix is not finite, its root is `previous`, or the identity if `previous` is zero or
     not finite. The notes map the index of each matrix that `eigh` in A's dtype could not handle to what became of its root.
     """
+    if solver == "auto" and A.device.type != "cpu" and p == 0.5 and relative_eps and eps >= 1e-6:
+        solver = "newton"
     s = _scales(A, c, torch.finfo(A.dtype).tiny if relative_eps else eps)
     matrices = A / (c * s).unsqueeze(2)
     shift = torch.full_like(s, eps)
@@ -173,15 +186,17 @@ def inverse_root(
 def update_basis(A: Tensor, previous: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor | None, dict[int, str]]:
     """Return orthogonal bases of eigenvectors of A (B, d, d), columns in descending order of their eigenvalues.
 
-    Solver "qr" starts from `previous` and a `tolerance`; see `turn`. "eigh" is exact. Also return which old column each column
-    follows (B, d), or None for each its own, and notes on bases that needed a fallback, as `inverse_root` does: they are
-    recomputed in float64, or if that fails, or the matrix is not finite, stay `previous`, or the identity for zeros.
+    Solver "qr" starts from `previous` and a `tolerance`; see `turn`. "eigh" is exact. "auto" is "eigh" on a CPU and "qr" on an
+    accelerator. Also return which old column each column follows (B, d), or None for each its own, and notes on bases that
+    needed a fallback, as `inverse_root` does: they are recomputed in float64, or if that fails, or the matrix is not finite,
+    stay `previous`, or the identity for zeros.
     """
     s = _scales(A, 1.0, torch.finfo(A.dtype).tiny)
     matrices, Q = A / s.unsqueeze(2), previous.clone()
     try:
         _finite(s)
-        order = turn(matrices, Q, tolerance)[1] if solver == "qr" else None
+        turns = solver == "qr" or (solver == "auto" and A.device.type != "cpu")
+        order = turn(matrices, Q, tolerance)[1] if turns else None
         return _finite(Q if order is not None else descending_eigh(matrices)[1]), order, {}
     except LinAlgError:
         Q, notes = _one_by_one(matrices, lambda X, b: descending_eigh(X)[1], previous)

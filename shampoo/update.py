@@ -98,9 +98,9 @@ def at(x: Any, part: slice) -> Any:
     return x[part] if isinstance(x, Tensor) else x
 
 
-def block_norms(S: Tensor) -> Tensor:
-    """Return the Frobenius norm of each block of S (B, d1, ..., dk), as (B, 1, ..., 1)."""
-    norms: Tensor = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim())), keepdim=True)
+def block_norms(S: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the Frobenius norm of each block of S (B, d1, ..., dk), as (B, 1, ..., 1), in S's dtype or another one."""
+    norms: Tensor = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim())), keepdim=True, dtype=dtype)
     return norms
 
 
@@ -112,22 +112,21 @@ def normalize(S: Tensor) -> Tensor:
 def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
     """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`.
 
-    A P so small or large that its norm is not exact is first divided by its largest element. If P is not finite, or zero where
-    A is not, out is A, or zero if not `sets_length`. Return the indices of these blocks; always [] on an accelerator, so that
-    the host does not wait.
+    If P is not finite, or zero where A is not, out is A, or zero if not `sets_length`. Norms too small or large for float32 are
+    taken in float64. Return the indices of blocks without a usable P; always [] on an accelerator, so that the host does not
+    wait.
     """
-    norms, lengths = block_norms(P), block_norms(A) if sets_length else None
-    if norms.device.type == "cpu" and are_usual(norms, lengths):
+    lengths = block_norms(A) if sets_length else None
+    on_cpu = P.device.type == "cpu"
+    if on_cpu and are_usual(norms := block_norms(P), lengths):
         torch.mul(P, 1.0 if lengths is None else lengths / (norms + 1e-16), out=out)
         return []
-    largest = P.abs().amax(dim=tuple(range(1, P.dim())), keepdim=True)
-    bad, steps = ~largest.isfinite(), P
-    if lengths is not None:
-        scaled = P / largest.where((largest > 0) & ~((norms > SMALLEST_NORM) & (norms < LARGEST_NORM)), 1)
-        bad = bad | ((largest == 0) & (lengths > 0))
-        steps = scaled * (lengths / (block_norms(scaled) + 1e-16))
-    out.copy_(torch.where(bad, A if sets_length else torch.zeros_like(A), steps))
-    return bad.flatten().nonzero().flatten().tolist() if bad.device.type == "cpu" else []
+    norms = block_norms(P, torch.float64)
+    scale = torch.ones_like(norms) if lengths is None else lengths / norms
+    usable = torch.add(scale, norms, alpha=0) < torch.inf  # False for NaN, and for 0 * Inf
+    out.copy_(torch.where(usable, P * scale, 0.0 if lengths is None else A))
+    bad = ~usable if lengths is None else ~usable & ((norms != 0) | (lengths > 0))
+    return bad.flatten().nonzero().flatten().tolist() if on_cpu else []
 
 
 def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:

@@ -138,7 +138,7 @@ class Block:
     def turn(self, solver):
         """Compute the bases for the first time, or again with eigh, or update them as SOAP does, with V's entries."""
         for d, (A, Q, p) in enumerate(zip(self.A, self.Q, self.powers)):
-            if p and (solver == "eigh" or np.array_equal(Q, np.eye(len(Q)))):
+            if p and (solver in ("auto", "eigh") or np.array_equal(Q, np.eye(len(Q)))):
                 self.Q[d] = np.linalg.eigh(A)[1][:, ::-1]
             elif p:
                 Z = A @ Q

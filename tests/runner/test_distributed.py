@@ -10,8 +10,9 @@ from commands import ROOT, start
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_and_their_checkpoint_resumes_on_one(tmp_path):
+def test_two_ranks_train_like_one_and_their_checkpoint_resumes_on_one(tmp_path, monkeypatch):
     """Each rank processes half of a batch and half of an evaluation; only rank 0 writes."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks cannot share a GPU
     point = json.loads((ROOT / "runner" / "tuning_search_space.json").read_text())[0]
     space = tmp_path / "space.json"
     space.write_text(json.dumps([{**point, "epsilon": 1e-4, "learning_rate": 1e-3}]))  # these keep rounding errors small

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from runner import data, distributed
 from runner.loop import fold_in, split
 from runner.workloads import WORKLOADS, load_workload
-from runner.workloads.base import rows
+from runner.workloads.base import map_tensors, rows
 from runner.workloads.flights_dlrm import CATEGORIES, NUMBERS, load_flights
 from runner.workloads.mnist import shifted
 from runner.workloads.mnist_unet import structural_similarity, undersampled
@@ -80,7 +81,7 @@ def test_flights_are_those_whose_arrival_is_known():
 
 def test_flights_are_encoded_from_the_training_split():
     train, test = (load_flights()[split] for split in ("train", "test"))
-    splits = load_workload("flights_dlrm")._splits
+    splits = {name: map_tensors(Tensor.cpu, split) for name, split in load_workload("flights_dlrm")._splits.items()}
     codes, numbers = splits["train"]["inputs"].split([len(CATEGORIES), len(NUMBERS)], dim=1)
     torch.testing.assert_close(numbers.mean(dim=0), torch.zeros(len(NUMBERS)), atol=1e-3, rtol=0)
     known = torch.from_numpy(train[NUMBERS].notna().to_numpy())
@@ -154,7 +155,7 @@ def test_rmse_is_in_the_units_of_log_solubility():
     test, train = (load_molecules()[split] for split in ("test", "train"))
     deviation, mean = torch.std_mean(train["targets"])
     with torch.no_grad():
-        errors = model(test["inputs"]) * deviation + mean - test["targets"]
+        errors = model.cpu()(test["inputs"]) * deviation + mean - test["targets"]
     assert found["rmse"] == pytest.approx(errors.square().mean().sqrt().item(), rel=1e-5)
     assert found["loss"] == pytest.approx((errors / deviation).square().mean().item(), rel=1e-5)
 
@@ -284,7 +285,7 @@ def test_a_mask_leaves_examples_out(workload):
     model, _ = workload.init_model_fn([0, 0])
     batch = next(workload._build_input_queue([0, 0], "validation", "", 6))
     logits = model.eval()(batch["inputs"])
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=logits.device)
     masked = workload.loss_fn(batch["targets"], logits, mask)
     selected = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
     selected = workload.loss_fn(selected["targets"], selected["logits"])

@@ -48,7 +48,7 @@ def test_an_ordinary_step_never_waits_for_the_device(variant):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("solver", ["eigh", "qr", "newton"])
+@pytest.mark.parametrize("solver", ["auto", "eigh", "qr", "newton"])
 def test_roots_are_exact_whatever_precision_products_have(solver, precision):
     """TF32 and bfloat16 products of the user's choice round the factors, but not what is computed from them."""
     from shampoo.roots import inverse_root
@@ -56,16 +56,16 @@ def test_roots_are_exact_whatever_precision_products_have(solver, precision):
     G = torch.randn(4, 96, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     A = G @ G.mT / 200
     lam, Q = torch.linalg.eigh(A)
-    exact = (Q * (lam + 1e-4).rsqrt().unsqueeze(1)) @ Q.mT
+    exact = (Q * (lam + 1e-4 * lam.sum(dim=1, keepdim=True)).rsqrt().unsqueeze(1)) @ Q.mT
     torch.set_float32_matmul_precision(precision)
     try:
         single = A.float().cuda()
         zeros = torch.zeros_like(single)
-        X, notes = inverse_root(single, 1.0, 0.5, 1e-4, zeros, zeros.clone(), solver=solver)
+        X, notes = inverse_root(single, 1.0, 0.5, 1e-4, zeros, zeros.clone(), solver=solver, relative_eps=True)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not notes
-    assert (X.cpu() - exact).norm() / exact.norm() < 1e-5
+    assert (X.cpu() - exact).norm() / exact.norm() < 5e-5  # cuSOLVER's eigenvectors: 1.1e-5; products in TF32: 1e-3
 
 
 NCCL = """
