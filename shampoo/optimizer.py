@@ -46,7 +46,7 @@ class AdamWShampoo(BucketedOptimizer):
             decay acts.
         preconditioner: "shampoo", or "soap": Adam's step in the eigenbases of the factors (see `preconditioner.Eigenbasis`),
             with the length that it has there. "soap" needs covariance "gram", a solver other than "newton", a start at step 1,
-            and grafting "adam" (or "rmsprop" or "adagrad", to take their step in place of Adam's). It has no factors of vectors.
+            and grafting "adam" (or "rmsprop" or "adagrad", to take their step instead of Adam's). Vectors have no factors then.
         covariance: "gram": factors are averages of G G^T and G^T G; "kl": of the gradient preconditioned on the other sides
             (see `Kronecker.update`), for exponents 1/2.
         max_factor_ratio: c, or None for no limit. A dimension of size d in a block of n elements has a factor only if

@@ -21,7 +21,7 @@ BASE = (
     }
 )
 # At the first step, a matrix is diagonal in its own eigenbases up to rounding, which an eps of 1e-8 would let through.
-SOAP = {"preconditioner": "soap", "start_preconditioning_step": 1, "grafting_eps": 1e-5}
+SOAP = {"preconditioner": "soap", "solver": "eigh", "start_preconditioning_step": 1, "grafting_eps": 1e-5}
 CASES = {
     "base": {},
     "blocks of 4": {"block_size": 4},

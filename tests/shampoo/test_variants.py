@@ -18,7 +18,7 @@ from shampoo import AdamWShampoo
 
 DATA = np.load(Path(__file__).parent / "golden" / "variants.npz")
 CASES = json.loads(str(DATA["cases"]))
-SOAP = {"preconditioner": "soap"}
+SOAP = {"preconditioner": "soap", "solver": "eigh"}
 KL = {"covariance": "kl", "exponents": 0.5}
 SHAPES = [(6, 5), (7,), (), (4, 3, 5), (20, 9)]
 
@@ -47,7 +47,7 @@ def test_weights_equal_the_stored_ones(name, device):
     ("options", "words"),
     [
         (SOAP | KL, "with preconditioner 'soap', covariance is 'kl'; it must be one of 'gram'"),
-        (SOAP | {"solver": "newton"}, "with preconditioner 'soap', solver is 'newton'; it must be one of 'eigh', 'qr'"),
+        (SOAP | {"solver": "newton"}, "with preconditioner 'soap', solver is 'newton'; it must be one of 'auto', 'eigh', 'qr'"),
         (SOAP | {"start_preconditioning_step": 2}, "with preconditioner 'soap', start_preconditioning_step is 2; .* 1"),
         (SOAP | {"grafting": "none"}, "with preconditioner 'soap', grafting is 'none'; it must be one of 'adam'"),
         (SOAP | {"normalized_grafting": True}, "with preconditioner 'soap', normalized_grafting is True; .* False"),
