@@ -1,5 +1,6 @@
 # make run: train mnist_resnet with five points.
 # make test: all tests.  make test-fast: those that take under a minute in total on 2 cores.  make lint: ruff and mypy.
+# make test-gpu: those that need a GPU.
 # make suite: all submissions on all workloads; run again, it goes on.  STUDIES=5: five seeds.  QUICK=1: two workloads.
 # make docs: build the pages in site/ with links checked, in an environment of their own, which needs no torch.
 # TORCH=2.5.1 picks a torch version, in its own environment.
@@ -7,7 +8,7 @@ VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: run suite test test-fast lint docs clean
+.PHONY: run suite test test-fast test-gpu lint docs clean
 run: $(VENV)/installed
 	$(BIN)/python -m runner --workload=mnist_resnet --submission_path=submission.py \
 	  --tuning_search_space=runner/tuning_search_space.json --num_tuning_trials=5 --rng_seed=1 --max_global_steps=667 \
@@ -21,6 +22,9 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

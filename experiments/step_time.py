@@ -44,17 +44,21 @@ WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "mas
 
 
 class Watch(TorchDispatchMode):
-    """Count the operations dispatched inside it, record the matrix products, and track allocated bytes and their peak."""
+    """Count the operations dispatched inside it, record the matrix products, and track allocated bytes and their peak.
 
-    def __init__(self) -> None:
+    Recorded products keep their inputs alive, so that the peak is too high with `record`.
+    """
+
+    def __init__(self, record: bool = True) -> None:
         TorchDispatchMode.__init__(self)
+        self.record = record
         self.operations = self.syncs = self.bytes = self.peak = 0
         self.products: list[Callable[[], Any]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        if name in PRODUCTS:
+        if self.record and name in PRODUCTS:
             inputs = [x.clone() if i == 0 and name.endswith("_") else x for i, x in enumerate(args)]
             self.products.append(lambda: function(*inputs, **kwargs))
         result = function(*args, **kwargs)
@@ -114,9 +118,9 @@ OPTIMIZERS: dict[str, Constructor] = {
 }
 
 
-def watch(step: Callable[[], Any], device: torch.device) -> Watch:
+def watch(step: Callable[[], Any], device: torch.device, record: bool = True) -> Watch:
     """Call `step` under `Watch`. On a GPU, torch's sync debug mode counts its syncs, and torch's allocator its peak."""
-    found = Watch()
+    found = Watch(record)
     if device.type != "cuda":
         with found:
             step()
@@ -190,7 +194,7 @@ def measure(
         state[name] = live_bytes() - before - sum(p.nbytes for p in params[name])
     for _ in range(frequency - 2):
         step_all(lambda name: optimizers[name].step())
-    peaks = step_all(lambda name: watch(optimizers[name].step, device).peak)  # step number `frequency`: a refresh
+    peaks = step_all(lambda name: watch(optimizers[name].step, device, record=False).peak)  # step number `frequency`: a refresh
     ordinary = step_all(lambda name: watch(optimizers[name].step, device))
     for _ in range(frequency - 1):
         step_all(time_step)

@@ -6,7 +6,7 @@ import pytest
 from experiments.inverse_roots import KINDS, judge, survey
 from shampoo.roots import SOLVERS
 
-MULTIPLE = {"eigh": 1, "qr": 1, "newton": 10}  # of the bound
+MULTIPLE = {"auto": 1, "eigh": 1, "qr": 1, "newton": 10}  # of the bound
 
 
 def test_newton_keeps_iterating_while_small_eigenvalues_grow():

@@ -16,7 +16,7 @@ from torch import Tensor
 from runner import data, distributed
 from runner.loop import fold_in, split
 from runner.workloads import WORKLOADS, load_workload
-from runner.workloads.base import map_tensors, rows
+from runner.workloads.base import DEVICE, map_tensors, rows
 from runner.workloads.flights_dlrm import CATEGORIES, NUMBERS, load_flights
 from runner.workloads.mnist import shifted
 from runner.workloads.mnist_unet import structural_similarity, undersampled
@@ -285,7 +285,7 @@ def test_a_mask_leaves_examples_out(workload):
     model, _ = workload.init_model_fn([0, 0])
     batch = next(workload._build_input_queue([0, 0], "validation", "", 6))
     logits = model.eval()(batch["inputs"])
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=logits.device)
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=DEVICE)
     masked = workload.loss_fn(batch["targets"], logits, mask)
     selected = rows({"targets": batch["targets"], "logits": logits}, mask > 0)
     selected = workload.loss_fn(selected["targets"], selected["logits"])

@@ -25,7 +25,7 @@ def relative(ours, expected):
 
 
 # The multiple of ||A||_F that `newton` adds to eps moves a root by at most 40 times the bound of a backward stable solver.
-MULTIPLE = {"eigh": 1, "qr": 1, "newton": 40}
+MULTIPLE = {"auto": 1, "eigh": 1, "qr": 1, "newton": 40}
 
 
 @pytest.mark.parametrize("p", [0.125, 0.25, 0.5, 1.0])

@@ -112,7 +112,7 @@ def test_exponents_of_zero_leave_soap_with_adam():
 @pytest.mark.parametrize("solver", ["eigh", "qr"])
 def test_a_basis_of_a_factor_that_is_not_finite_stays(solver):
     params = make_params((6, 6), (8, 8))
-    optimizer = AdamWShampoo(params, **SOAP, solver=solver, merge_dims=False, precondition_frequency=2)
+    optimizer = AdamWShampoo(params, **(SOAP | {"solver": solver}), merge_dims=False, precondition_frequency=2)
     train(optimizer, params, 3)
     state = optimizer.state[params[0]]
     basis = state["eigvecs.0.0"].clone()
@@ -128,7 +128,9 @@ def test_a_basis_of_a_factor_that_is_not_finite_stays(solver):
 @pytest.mark.parametrize("solver", ["eigh", "qr"])
 def test_a_solver_that_fails_leaves_bases_orthogonal(solver, monkeypatch):
     params = make_params((6, 6))
-    optimizer = AdamWShampoo(params, **SOAP, solver=solver, merge_dims=False, precondition_frequency=2, qr_tolerance=0.0)
+    optimizer = AdamWShampoo(
+        params, **(SOAP | {"solver": solver}), merge_dims=False, precondition_frequency=2, qr_tolerance=0.0
+    )
 
     def fail(A):
         raise torch.linalg.LinAlgError("no convergence")
