@@ -1,6 +1,6 @@
 """Print how evenly the blocks of AlgoPerf's models are split among ranks: `python -m experiments.balance --ranks=8`.
 
-Costs are `shampoo.state.block_flops` with the competition's options. For each workload:
+Costs are `shampoo.state.block_flops` with the competition's options, or with AdamWShampoo's --defaults. For each workload:
 
     max/mean cost   largest cost of a rank over the mean, when blocks are assigned by cost, most expensive first
     by bytes        the same ratio under the competition's rule: by bytes rounded up to a multiple of 64, largest first
@@ -34,10 +34,10 @@ def load_shapes() -> dict[str, list[tuple[int, ...]]]:
     return {name: [tuple(shape) for _, _, shape in entries] for name, entries in json.loads(SHAPES.read_text()).items()}
 
 
-def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
-    """Return the table row for parameters of these shapes."""
+def balance(shapes: list[tuple[int, ...]], ranks: int, options: dict[str, Any] = OPTIONS) -> dict[str, Any]:
+    """Return the table row for parameters of these shapes and options of AdamWShampoo."""
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
-    group: Any = AdamWShampoo(params, **OPTIONS).param_groups[0]
+    group: Any = AdamWShampoo(params, **options).param_groups[0]
     blocks = [  # rank, shape, floating-point operations
         (rank, tuple(block), block_flops(group, bucket.factored, tuple(block)))
         for bucket in make_buckets([group], 0, ranks)
@@ -62,10 +62,12 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> dict[str, Any]:
 
 def main(_: Any) -> None:
     """Print the table."""
-    table = pd.DataFrame({name: balance(shapes, FLAGS.ranks) for name, shapes in load_shapes().items()}).T
+    options = {} if FLAGS.defaults else OPTIONS
+    table = pd.DataFrame({name: balance(shapes, FLAGS.ranks, options) for name, shapes in load_shapes().items()}).T
     print(table.astype({"blocks": int}).round(4).to_string())
 
 
 if __name__ == "__main__":
+    flags.DEFINE_boolean("defaults", False, "use the defaults of AdamWShampoo")
     flags.DEFINE_integer("ranks", 8, "number of ranks", lower_bound=1)
     app.run(main)
