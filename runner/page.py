@@ -13,6 +13,7 @@ from .report import format_target
 from .score import performance_profile, scores
 from .study import (
     EVAL_EVERY,
+    FINALISTS,
     FIRST_SEED,
     SELECTION_SEEDS,
     Entry,
@@ -165,12 +166,13 @@ def describe(rows: pd.DataFrame, entries: Sequence[Entry], count: int) -> str:
     """Return when, where, and how the studies ran as text."""
     dates, machines = sorted(rows["date"].unique()), sorted(rows["machine"].unique())
     counts = sorted({len(entry.points) for entry in entries})
-    seeds = " and ".join(map(str, SELECTION_SEEDS))
+    first, *others = map(str, SELECTION_SEEDS)
     return (
         f"{' to '.join(sorted({dates[0], dates[-1]}))}; {'; '.join(machines)}. Studies: {count}. Each submission has "
-        f"{' or '.join(map(str, counts))} points; the one with the fewest mean steps on the seeds {seeds} runs on the studies' "
-        f"seeds, {FIRST_SEED} to {FIRST_SEED + count - 1}. A run ends at the target, after the step hint, or where the "
-        f"submission ends it; steps are interpolated between evaluations every {EVAL_EVERY} steps."
+        f"{' or '.join(map(str, counts))} points. They run on seed {first}, the {FINALISTS} best on {' and '.join(others)}; the "
+        f"one with the fewest mean steps then runs on the studies' seeds, {FIRST_SEED} to {FIRST_SEED + count - 1}. A run "
+        "ends at the target, after the step hint, or where the submission ends it; steps are interpolated between "
+        f"evaluations every {EVAL_EVERY} steps."
     )
 
 

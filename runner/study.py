@@ -8,9 +8,10 @@ machine, but one command at a time.
 A name stands for one version of a submission's code: after a change, give it another name or delete its rows. Delete also the
 rows of a workload whose data, model, or step hint changed; a new target needs no deletion.
 
-A study compares submissions at their best points. Each submission's points are tried on SELECTION_SEEDS; the one with the
-fewest steps to target on average, where a miss counts as the step hint, then runs on the studies' seeds, FIRST_SEED and up. No
-reported run took part in the selection, or set a target (`experiments.sensitivity` uses other seeds).
+A study compares submissions at their best points. All of a submission's points run on the first of SELECTION_SEEDS, and the
+FINALISTS best on the others. Of those that ran on all, the one with the fewest steps to target on average, where a miss counts
+as the step hint, then runs on the studies' seeds, FIRST_SEED and up. No reported run took part in the selection, or set a
+target (`experiments.sensitivity` uses other seeds).
 """
 
 import collections
@@ -42,6 +43,7 @@ from .workloads import load_workload, short_name, workload_class
 EVAL_EVERY = 10  # steps
 SELF = "self"  # in place of a search space
 SELECTION_SEEDS, FIRST_SEED = (1001, 1002), 101
+FINALISTS = 2
 
 Point = dict[str, Any] | None  # hyperparameters; None for a submission that tunes itself
 
@@ -275,15 +277,18 @@ def complete(path: Path, entry: Entry, runs: Sequence[Run], max_workers: int, to
 
 def run_studies(path: Path, entries: Sequence[Entry], workloads: Sequence[str], count: int, max_workers: int) -> list[str]:
     """Complete the runs of `count` studies in the table at `path`. Return the failures."""
-    failures = []
+    failures, (first, *others) = [], SELECTION_SEEDS
     for entry in entries:
-        trials = [
-            Run(entry.name, workload, point_hash(point), seed)
-            for workload in workloads
-            for point in entry.points
-            for seed in SELECTION_SEEDS
-        ]
+        trials = [Run(entry.name, workload, point_hash(point), first) for workload in workloads for point in entry.points]
         failures += complete(path, entry, trials, max_workers)
+        table = read_table(path)
+        finals = [
+            Run(entry.name, workload, point, seed)
+            for workload in workloads
+            for point in ranking(table, entry, workload, [first]).index[:FINALISTS]
+            for seed in others
+        ]
+        failures += complete(path, entry, finals, max_workers)
         failures += complete(path, entry, best_runs(read_table(path), entry, workloads, count), max_workers)
     return failures
 
@@ -300,26 +305,32 @@ def best_runs(table: pd.DataFrame, entry: Entry, workloads: Sequence[str], count
 
 
 def best_trial(table: pd.DataFrame, entry: Entry, workload: str) -> pd.Series | None:
-    """Return a row of the entry's best point, or None if no point ran on all SELECTION_SEEDS.
+    """Return a row of the entry's best point, or None if no point ran on all SELECTION_SEEDS."""
+    points = ranking(table, entry, workload, SELECTION_SEEDS).index
+    return None if points.empty else trials_of(table, entry, workload).query("point == @points[0]").iloc[0]
+
+
+def trials_of(table: pd.DataFrame, entry: Entry, workload: str) -> pd.DataFrame:
+    """Return the rows of the entry's points on a workload and SELECTION_SEEDS."""
+    own = (table["submission"] == entry.name) & table["point"].isin([point_hash(point) for point in entry.points])
+    return table[own & (table["workload"] == workload) & table["seed"].isin(SELECTION_SEEDS)]
+
+
+def ranking(table: pd.DataFrame, entry: Entry, workload: str, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return the entry's points that ran on all of `seeds`, as an index from best to worst.
 
     The best point has the fewest mean steps to target, where a miss counts as the step hint; on a tie, such as no hits, it has
     the best mean of best metrics.
     """
     chosen = workload_class(workload)
-    rows = table[
-        (table["submission"] == entry.name)
-        & (table["workload"] == workload)
-        & table["seed"].isin(SELECTION_SEEDS)
-        & table["point"].isin([point_hash(point) for point in entry.points])
-    ]
+    rows = trials_of(table, entry, workload).query("seed in @seeds")
     sign = -1 if chosen.higher_is_better else 1
     rows = rows.assign(
         capped=rows["steps_to_target"].clip(upper=chosen.step_hint),
         metric=[sign * best_value(curve, chosen.higher_is_better) for curve in rows["curve"]],
     )
     means = rows.groupby("point").agg(capped=("capped", "mean"), metric=("metric", "mean"), runs=("seed", "size"))
-    means = means[means["runs"] == len(SELECTION_SEEDS)].sort_values(["capped", "metric"])
-    return None if means.empty else rows[rows["point"] == means.index[0]].iloc[0]
+    return means[means["runs"] == len(seeds)].sort_values(["capped", "metric"])
 
 
 def best_value(curve: str, higher_is_better: bool) -> float:
