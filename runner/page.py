@@ -169,9 +169,9 @@ def describe(rows: pd.DataFrame, entries: Sequence[Entry], count: int) -> str:
     first, *others = map(str, SELECTION_SEEDS)
     return (
         f"{' to '.join(sorted({dates[0], dates[-1]}))}; {'; '.join(machines)}. Studies: {count}. Each submission has "
-        f"{' or '.join(map(str, counts))} points. They run on seed {first}, the {FINALISTS} best on {' and '.join(others)}; the "
-        f"one with the fewest mean steps then runs on the studies' seeds, {FIRST_SEED} to {FIRST_SEED + count - 1}. A run "
-        "ends at the target, after the step hint, or where the submission ends it; steps are interpolated between "
+        f"{' or '.join(map(str, counts))} points. They run on seed {first}, the {FINALISTS} best on {' and '.join(others)}; "
+        f"the one with the fewest mean steps then runs on the studies' seeds, {FIRST_SEED} to {FIRST_SEED + count - 1}. A "
+        "run ends at the target, after the step hint, or where the submission ends it; steps are interpolated between "
         f"evaluations every {EVAL_EVERY} steps."
     )
 
