@@ -174,6 +174,7 @@ def inverse_root(
     if relative_eps:
         trace = s * matrices.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
         shift = shift.where(trace <= 0, eps * trace)
+        s = s.where(trace != 0, eps)  # any s suits a zero matrix, but eps / s overflows if s is tiny
     try:
         return _finite(SOLVERS[solver].solve(matrices, _finite(s), p, shift, Q, **options)), {}
     except LinAlgError:
