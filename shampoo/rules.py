@@ -24,8 +24,9 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
 
 def integer(low: int) -> Rule:
-    """Allow integers >= low, but not bool."""
-    return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= low, f"an integer >= {low}"
+    """Allow integers in [low, LARGEST], but not bool."""
+    words = f"an integer >= {low} and <= {LARGEST}"
+    return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and low <= int(x) <= LARGEST, words
 
 
 def one_of(*values: Any) -> Rule:
