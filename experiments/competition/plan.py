@@ -35,7 +35,7 @@ DATA = {  # workload: the folder in $DATA, and more flags for its data
 STUDIES, POINTS, GPUS = 3, 5, 8
 NAME = "adamw_shampoo"
 SUBMISSION = f"submissions/external_tuning/{NAME}"
-FUNCTION = f"""
+PREAMBLE = f"""
 : "${{ALGOPERF:?set to the AlgoPerf checkout}}" "${{DATA:?set to the data folder}}" "${{EXPERIMENTS:?set to a folder for logs}}"
 command -v torchrun > /dev/null || {{ echo "torchrun is not on PATH: activate the environment of torch" >&2; exit 1; }}
 cd "$ALGOPERF" || exit
@@ -57,7 +57,7 @@ LEADERBOARD = f"""
 # To submit to AlgoPerf's leaderboard (README of mlcommons/submissions_algorithms, June 2026):
 # 1. Sign MLCommons' contributor agreement, https://mlcommons.org/community/subscribe/
 # 2. Fork https://github.com/mlcommons/submissions_algorithms, and start a branch.
-# 3. Copy submission.py, submission_info.yml, requirements.txt, *.json, shampoo to {SUBMISSION}.
+# 3. As in README.md, copy the submission to {SUBMISSION}.
 # 4. Open a pull request to the branch `evaluation`; pull_request.md has its title and its text, to which you add scores.
 # 5. AlgoPerf's working group reviews it, and may choose to run it on all workloads.
 """
@@ -88,7 +88,7 @@ def plan() -> list[Trial]:
 
 def shell_script(trials: list[Trial]) -> str:
     """Return a script that runs the trials sequentially and continues after a failed one."""
-    return "\n".join(["#!/usr/bin/env bash", FUNCTION.lstrip(), *(trial.line for trial in trials)]) + "\n"
+    return "\n".join(["#!/usr/bin/env bash", PREAMBLE.lstrip(), *(trial.line for trial in trials)]) + "\n"
 
 
 def slurm_array(trials: list[Trial]) -> str:
@@ -98,7 +98,7 @@ def slurm_array(trials: list[Trial]) -> str:
 #SBATCH --array=1-{len(trials)}
 #SBATCH --nodes=1 --ntasks=1 --gpus-per-node={GPUS} --exclusive
 #SBATCH --time=24:00:00
-{FUNCTION}
+{PREAMBLE}
 case $SLURM_ARRAY_TASK_ID in
 {chr(10).join(f"{i}) {trial.line} ;;" for i, trial in enumerate(trials, start=1))}
 esac
