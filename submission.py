@@ -81,9 +81,14 @@ def get_batch_size(workload_name: str) -> int:
 
 @functools.cache
 def self_tuning_point() -> spec.Hyperparameters:
-    """Return the only point of `self_tuning.json`."""
-    (point,) = json.loads(Path(__file__).with_name("self_tuning.json").read_text())
-    return namedtuple("Hyperparameters", point)(**point)
+    """Return the only point of `self_tuning.json`. Raise ValueError if the file is missing or invalid."""
+    file = Path(__file__).with_name("self_tuning.json")
+    try:
+        (point,) = json.loads(file.read_text())
+        return namedtuple("Hyperparameters", point)(**point)
+    except (OSError, ValueError, TypeError) as error:
+        needed = "it must hold the point that stands in for missing hyperparameters: copy it there, or give a search space"
+        raise ValueError(f"{file} cannot be read; {needed}: {error}") from error
 
 
 def init_optimizer_state(

@@ -18,8 +18,8 @@ from .data import DataError
 from .logs import MetricLogger, experiment_folder, write_json
 from .loop import Settings, run_trial
 from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
-from .search_space import read_points
-from .submissions import known_batch_size, load_submission
+from .search_space import load_space, read_points
+from .submissions import check_point, known_batch_size, load_submission
 from .workloads import WORKLOADS, load_workload, short_name
 from .workloads.base import LaptopWorkload
 
@@ -95,7 +95,12 @@ def read_space() -> list[Any]:
         return [None]
     if not FLAGS.tuning_search_space:
         raise ValueError("--tuning_search_space is missing; give a JSON file, or --tuning_ruleset=self if there is none")
-    return read_points(FLAGS.tuning_search_space, FLAGS.num_tuning_trials, FLAGS.rng_seed or 0)
+    path, asked = FLAGS.tuning_search_space, FLAGS.num_tuning_trials
+    points = read_points(path, asked, FLAGS.rng_seed or 0)
+    space = load_space(path)
+    if isinstance(space, list) and len(space) > asked:
+        print_rank_0(f"{path} has {len(space)} points; --num_tuning_trials={asked} takes the first {asked}")
+    return points
 
 
 def trial_seed(folder: Path) -> int:
@@ -148,18 +153,10 @@ class Progress:
 
 
 def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[Any]) -> None:
-    """Build the optimizer at every point. Raise ValueError for an invalid or incomplete point, before the first trial."""
+    """Raise ValueError for an invalid or incomplete point, before the first trial."""
     for i, point in enumerate(points, start=1):
-        model, model_state = workload.init_model_fn([0, 0])
         where = f"{FLAGS.tuning_search_space}, point {i}" if FLAGS.tuning_search_space else FLAGS.submission_path
-        try:
-            submission.init_optimizer_state(workload, model, model_state, point, [0, 0])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        except AttributeError as error:
-            if point is None or error.obj is not point:
-                raise
-            raise ValueError(f"{where} lacks the hyperparameter {error.name}, which the submission needs; add it") from error
+        check_point(workload, submission, point, where)
 
 
 def check_resumable(trials: list[Path]) -> None:

@@ -9,18 +9,27 @@ from typing import Any
 from scipy.stats import qmc
 
 
+def load_space(path: str | Path) -> Any:
+    """Return the content of a search space's file. Raise ValueError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the search space {path} cannot be read: {error}") from error
+
+
 def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
     """Return points of a search space as namedtuples: the first `num_trials` points of a list, or `num_trials` samples from
     ranges.
 
     A space of ranges maps each name to {"feasible_points": [...]} or {"min": a, "max": b, "scaling": "linear" or "log"}. It is
-    sampled with scipy's scrambled Halton sequence. Raise ValueError for a file that is not a valid search space.
+    sampled with scipy's scrambled Halton sequence. Raise ValueError for a file that is not a valid search space, or a list of
+    fewer points.
     """
-    try:
-        space = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the search space {path} cannot be read: {error}") from error
+    space = load_space(path)
     if isinstance(space, list) and space and all(isinstance(point, dict) for point in space):
+        if len(space) < num_trials:
+            fewer = "ask for fewer (the runner's --num_tuning_trials), or add points"
+            raise ValueError(f"{path} has {len(space)} points for {num_trials} trials; {fewer}")
         points = space[:num_trials]
         for i, point in enumerate(points):
             if point.keys() != points[0].keys():

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from .logs import cpu_name, ended
 from .loop import Settings, run_trial
 from .search_space import read_points
-from .submissions import known_batch_size, load_submission
+from .submissions import check_point, known_batch_size, load_submission
 from .workloads import load_workload, short_name, workload_class
 
 EVAL_EVERY = 10  # steps
@@ -87,8 +87,6 @@ def parse_entry(text: str, num_points: int) -> Entry:
     if space == SELF:
         return Entry(name or submission.parent.name, submission, (None,))
     points = tuple(point._asdict() for point in read_points(search_space, num_points, seed=0))
-    if len(points) < num_points:
-        raise ValueError(f"{search_space} has {len(points)} points; it must have at least {num_points}")
     return Entry(name or submission.parent.name, submission, points)
 
 
@@ -144,6 +142,7 @@ def train(entry: Entry, run: Run, to_target: bool) -> dict[str, Any]:
         flags={},
     )
     hyperparameters = None if point is None else collections.namedtuple("Hyperparameters", point)(**point)
+    check_point(workload, submission, hyperparameters, str(entry.path))
     with tempfile.TemporaryDirectory() as folder:
         run_trial(workload, submission, hyperparameters, run.seed, Path(folder), settings, progress=lambda *_: None)
         evaluations = pd.read_csv(Path(folder) / "eval_measurements.csv")

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 NEEDED = ("get_batch_size", "init_optimizer_state", "update_params", "data_selection")
 
@@ -39,6 +40,25 @@ def known_batch_size(submission: ModuleType, workload: str) -> int | None:
             "does not know the workload"
         )
     return batch_size
+
+
+def check_point(workload: Any, submission: ModuleType, point: Any, where: str) -> None:
+    """Build a model of the workload, and the optimizer at a point, or at None for a submission that tunes itself.
+
+    Raise ValueError, which begins with `where`, if the point is invalid or incomplete, or None and the submission needs one.
+    """
+    model, model_state = workload.init_model_fn([0, 0])
+    try:
+        submission.init_optimizer_state(workload, model, model_state, point, [0, 0])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except AttributeError as error:
+        if error.obj is not point or error.name is None:  # an error of another kind
+            raise
+        if point is None:
+            needs = f"needs the hyperparameter {error.name}, so it cannot tune itself; give it a search space"
+            raise ValueError(f"{where} {needs}") from error
+        raise ValueError(f"{where} lacks the hyperparameter {error.name}, which the submission needs; add it") from error
 
 
 def load_module(file: Path) -> ModuleType:

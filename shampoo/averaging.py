@@ -23,6 +23,11 @@ def update_averages(averages: list[Tensor], weights: list[Tensor], num_averaged:
         torch._foreach_copy_(averages, weights)
 
 
+def without_repeats(x: Tensor) -> Tensor:
+    """Return a view of x of size 1 along the dimensions that `expand` repeats; torch does not write to x itself."""
+    return x[tuple(slice(None if stride else 1) for stride in x.stride())] if 0 in x.stride() else x
+
+
 class AveragedWeights:
     """An average E of a model's weights W, which takes their place during evaluation.
 
@@ -47,7 +52,7 @@ class AveragedWeights:
         starts anew.
         """
         named = chain(self._model.named_parameters(), self._model.named_buffers())
-        held = {(name, x.shape, x.dtype, x.device): x for name, x in named if x.is_floating_point()}
+        held = {(name, x.shape, x.dtype, x.device): without_repeats(x) for name, x in named if x.is_floating_point()}
         self._other = {key: self._other[key] if key in self._other else x.detach().clone() for key, x in held.items()}
         return list(self._other.values()), list(held.values())
 

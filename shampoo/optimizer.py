@@ -9,7 +9,7 @@ from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
 from .copies import Flat, Inputs, attempt, flat_views, move, read
-from .options import OPTIONS, ExponentsOption, plain
+from .options import OPTIONS, CovarianceName, ExponentsOption, GraftingName, PreconditionerName, SolverName, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -74,8 +74,8 @@ class AdamWShampoo(BucketedOptimizer):
             if torch.distributed is initialized, otherwise this process alone.
 
     Options may be changed in `param_groups` between steps, on all ranks alike. Only those that decide which state there is
-    (block_size, exponents, solver, ...) are then checked: the next step keeps the state that fits, and raises ValueError if
-    some does not.
+    (block_size, exponents, solver, ...), or that "soap" restricts, are then checked: the next step keeps the state that fits,
+    and raises ValueError if some does not.
 
     Raises:
         ValueError: for an invalid option, a complex or integer parameter, or no parameters; in `step`, for state that does not
@@ -115,18 +115,18 @@ class AdamWShampoo(BucketedOptimizer):
         precondition_frequency: int = 5,
         factor_frequency: int = 1,
         start_preconditioning_step: int | None = None,
-        preconditioner: str = "shampoo",
-        covariance: str = "gram",
+        preconditioner: PreconditionerName = "shampoo",
+        covariance: CovarianceName = "gram",
         max_factor_ratio: float | Literal["auto"] | None = "auto",
         exponents: ExponentsOption = "auto",
         exponent_multiplier: float = 1.0,
-        grafting: str = "adam",
+        grafting: GraftingName = "adam",
         grafting_beta2: float | None = None,
         unfactored_beta2: float | None = None,
         grafting_eps: float = 1e-8,
         normalized_grafting: bool = False,
         relative_eps: bool = True,
-        solver: str = "auto",
+        solver: SolverName = "auto",
         qr_tolerance: float = QR_TOLERANCE,
         stagger: bool = False,
         precondition_vectors: bool = True,

@@ -3,19 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .blocks import parameter_exponents
-from .grafting import GRAFTING
-from .preconditioner import COVARIANCES, PRECONDITIONERS
-from .roots import SOLVERS
+from .preconditioner import PRECONDITIONERS
 from .rules import BOOL, NONE, Rule, check_value, either, integer, one_of, pair, real, scalar
 
-STRUCTURAL = "determines which state there is: if it changes, state is rebuilt from what fits"
+STRUCTURAL = "determines which state there is, or which other options may: if it changes, groups are checked, and state rebuilt"
 # Options that a state_dict of an earlier version may lack
 ADDED = {"maximize", "cautious_decay", "factor_frequency", "preconditioner", "covariance", "max_factor_ratio",
          "unfactored_beta2", "qr_tolerance"}  # fmt: skip
@@ -24,6 +22,10 @@ NOT_NEEDED = {  # other optimizers' options, which groups may have if they are o
     "foreach": "updates are always batched", "fused": "updates are always batched", "differentiable": "updates are in place",
 }  # fmt: skip
 
+PreconditionerName = Literal["shampoo", "soap"]
+CovarianceName = Literal["gram", "kl"]
+GraftingName = Literal["none", "sgd", "adagrad", "rmsprop", "adam"]
+SolverName = Literal["auto", "eigh", "qr", "newton"]
 ExponentsOption = float | tuple[float, float] | Literal["auto"] | None
 
 
@@ -46,19 +48,19 @@ class Options(TypedDict):
     max_dim: Annotated[int, integer(1), STRUCTURAL]
     precondition_frequency: Annotated[int, integer(1)]
     factor_frequency: Annotated[int, integer(1)]
-    start_preconditioning_step: Annotated[int | None, either(integer(1), NONE)]
-    preconditioner: Annotated[str, one_of(*PRECONDITIONERS), STRUCTURAL]
-    covariance: Annotated[str, one_of(*COVARIANCES), STRUCTURAL]
+    start_preconditioning_step: Annotated[int | None, either(integer(1), NONE), STRUCTURAL]
+    preconditioner: Annotated[PreconditionerName, one_of(*get_args(PreconditionerName)), STRUCTURAL]
+    covariance: Annotated[CovarianceName, one_of(*get_args(CovarianceName)), STRUCTURAL]
     max_factor_ratio: Annotated[float | Literal["auto"] | None, either(real(0, above=True), one_of("auto", None)), STRUCTURAL]
     exponents: Annotated[ExponentsOption, either(real(0), pair(real(0), real(0)), one_of("auto", None)), STRUCTURAL]
     exponent_multiplier: Annotated[float, real(0), STRUCTURAL]
-    grafting: Annotated[str, one_of(*GRAFTING), STRUCTURAL]
+    grafting: Annotated[GraftingName, one_of(*get_args(GraftingName)), STRUCTURAL]
     grafting_beta2: Annotated[float | None, either(real(0, 1), NONE)]
     unfactored_beta2: Annotated[float | None, either(real(0, 1), NONE)]
     grafting_eps: Annotated[float, real(0)]
-    normalized_grafting: Annotated[bool, BOOL]
+    normalized_grafting: Annotated[bool, BOOL, STRUCTURAL]
     relative_eps: Annotated[bool, BOOL]
-    solver: Annotated[str, one_of(*SOLVERS), STRUCTURAL]
+    solver: Annotated[SolverName, one_of(*get_args(SolverName)), STRUCTURAL]
     qr_tolerance: Annotated[float, real(0, 1)]
     stagger: Annotated[bool, BOOL]
     precondition_vectors: Annotated[bool, BOOL, STRUCTURAL]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # `options` needs PRECONDITIONERS
     from .options import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
-COVARIANCES = ("gram", "kl")
 
 Rows = slice | list[int]  # an index of some blocks of a stack
 Notes = list[tuple[int, str]]  # blocks, and what became of a root

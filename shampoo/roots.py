@@ -95,9 +95,8 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
     shift = torch.maximum(eps / s, 2 * rounding * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2)
     M = A + shift * eye
     norm = torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True)
-    z, low = (
-        (1 / norm, (shift / norm).sqrt().clamp(min=NEWTON_LOW)) if r == 2 else ((1 + r) / (2 * norm), torch.ones_like(norm))
-    )
+    z = (1 if r == 2 else (1 + r) / 2) / norm
+    low = (shift / norm).sqrt().clamp(min=NEWTON_LOW) if r == 2 else torch.ones_like(norm)
     X, M = z ** (1 / r) * eye, z * M
     error = torch.linalg.vector_norm(M - eye, dim=(1, 2), keepdim=True)
     enough = 10 * rounding * A.shape[-1] ** 0.5
@@ -174,6 +173,7 @@ def inverse_root(
     if relative_eps:
         trace = s * matrices.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
         shift = shift.where(trace <= 0, eps * trace)
+        s = s.where(trace != 0, eps)  # any s suits a zero matrix, but eps / s overflows if s is tiny
     try:
         return _finite(SOLVERS[solver].solve(matrices, _finite(s), p, shift, Q, **options)), {}
     except LinAlgError:

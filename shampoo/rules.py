@@ -24,8 +24,8 @@ def real(low: float, high: float = inf, *, above: bool = False, below: bool = Fa
 
 
 def integer(low: int) -> Rule:
-    """Allow integers >= low, but not bool."""
-    return lambda x: isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= low, f"an integer >= {low}"
+    """Allow integers in [low, LARGEST], but not bool."""
+    return lambda x: isinstance(x, Integral) and real(low)[0](x), f"an integer >= {low} and <= {LARGEST}"
 
 
 def one_of(*values: Any) -> Rule:
@@ -40,10 +40,8 @@ def scalar(rule: Rule) -> Rule:
 
 def pair(first: Rule, second: Rule) -> Rule:
     """Allow tuples and lists of two values, each allowed by its rule."""
-    return (
-        lambda x: isinstance(x, (tuple, list)) and len(x) == 2 and first[0](x[0]) and second[0](x[1]),
-        f"a pair: {first[1]}, and {second[1]}",
-    )
+    words = f"a pair: {first[1]}, and {second[1]}"
+    return lambda x: isinstance(x, (tuple, list)) and len(x) == 2 and first[0](x[0]) and second[0](x[1]), words
 
 
 def either(*rules: Rule) -> Rule:

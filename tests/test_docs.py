@@ -1,4 +1,4 @@
-"""Links, paths, and Python code of the README, the pages in docs/, and the pages of results."""
+"""Links, paths, and Python code of the README and the pages beside it, in docs/, and of results."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/README.md")])
 INCOMPLETE = ["your_own.md"]  # whose code runs in tests/runner/test_new_baseline.py
 FENCED = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 

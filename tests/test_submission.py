@@ -115,6 +115,19 @@ def test_without_hyperparameters_it_uses_the_self_tuning_point():
     assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("content", "error"), [(None, "No such file"), ("[{}, {}]", "too many values"), ("[7]", "'int'"), ("{", "Expecting")]
+)
+def test_a_missing_or_invalid_self_tuning_point_is_named(tmp_path, monkeypatch, content, error):
+    if content is not None:
+        (tmp_path / "self_tuning.json").write_text(content)
+    submission.self_tuning_point.cache_clear()
+    monkeypatch.setattr(submission, "__file__", str(tmp_path / "submission.py"))
+    words = rf"{tmp_path}/self_tuning\.json cannot be read; it must hold the point .* copy it there, or give a search space: .*"
+    with pytest.raises(ValueError, match=words + error):
+        start(FakeWorkload(), None)
+
+
 VARIANTS = [
     {},
     {"averaging": True, "schedule": "trapezoid"},
@@ -279,6 +292,10 @@ def test_the_schedule_spans_the_step_hint_times_its_factor():
         ({"momentum": 0.9}, r"unknown: \['momentum'\]"),
         ({"grad_clip": 0.0}, "hyperparameter grad_clip is 0.0"),
         ({"solver": "svd"}, "hyperparameter solver is 'svd'"),
+        (
+            {"learning_rate_steps": 10**400},
+            "hyperparameter learning_rate_steps is 10+; it must be an integer >= 1 and <= 1e\\+38",
+        ),
         ({"exponents": [0.5, -0.5]}, r"hyperparameter exponents is \[0.5, -0.5\]; it must be a number >= 0"),
     ],
 )

@@ -43,8 +43,9 @@ def check_machine() -> Iterator[Check]:
     yield f"{GPUS} GPUs", count >= GPUS, found, f"use a machine with {GPUS} GPUs"
     nccl = dist.is_available() and dist.is_nccl_available()
     yield "NCCL", nccl, "in torch" if nccl else ABSENT, "install a CUDA build of torch"
-    command = shutil.which("torchrun")
-    yield "torchrun", command is not None, command or ABSENT, "activate the environment that torch is installed in"
+    own, on_path = shutil.which("torchrun", path=Path(sys.executable).parent), shutil.which("torchrun")
+    command = f"{own}; activate its environment before you run trials.sh" if own and own != on_path else on_path or ABSENT
+    yield "torchrun", command != ABSENT, command, "install torch in the environment of this Python"
 
 
 def check_packages() -> Iterator[Check]:
@@ -80,8 +81,8 @@ def check_folders(environment: Callable[[str], str | None]) -> Iterator[Check]:
         remedy = f"copy {', '.join(differing + absent)} there; see README.md"
         yield "this submission in AlgoPerf's checkout", not differing + absent, str(submission), remedy
     if folders["DATA"]:
-        for workload, (data, _) in DATA.items():
-            folder = Path(folders["DATA"]) / data
+        for workload, data in DATA.items():
+            folder = Path(folders["DATA"]) / data.split()[0]
             has_files = folder.is_dir() and any(folder.iterdir())
             yield f"data of {workload}", has_files, str(folder), "create it with AlgoPerf's datasets/dataset_setup.py"
         vocabulary = Path(folders["DATA"]) / "librispeech" / "spm_model.vocab"

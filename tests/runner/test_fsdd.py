@@ -4,6 +4,7 @@ import runner  # noqa: F401  makes algoperf.spec importable
 
 # isort: split
 
+import jiwer
 import numpy as np
 import pytest
 import torch
@@ -54,6 +55,36 @@ def test_features_are_normalized_by_the_training_split(speech):
 )
 def test_edit_distance_counts_word_errors(decoded, reference, errors):
     assert fsdd.edit_distance(decoded.split(), reference.split()) == errors
+
+
+def random_sentences(count, seed):
+    """Return sentences of 0 to 6 words out of three, so that words repeat and sentences share parts."""
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(["one", "two", "three"], size=size)) for size in draw.integers(0, 7, size=count)]
+
+
+def test_edit_distance_is_jiwers():
+    """Also for empty sentences, which are among the random ones."""
+    pairs = list(zip(random_sentences(300, seed=0), random_sentences(300, seed=1)))
+    assert {("", True), ("", False)} <= {(decoded, bool(reference)) for decoded, reference in pairs}
+    for decoded, reference in pairs:
+        found = jiwer.process_words(reference, decoded)
+        errors = found.substitutions + found.deletions + found.insertions
+        assert fsdd.edit_distance(decoded.split(), reference.split()) == errors
+
+
+def test_the_word_error_rate_is_jiwers(speech):
+    """Over a batch: total errors over total words."""
+    decoded, references = random_sentences(30, seed=2), random_sentences(30, seed=3)
+    logits, _ = sentence_logits(*map(spelled, decoded))
+    _, targets = sentence_logits(*references)
+    sums = {name: value.item() for name, value in speech.metric_sums(logits, targets).items()}
+    assert speech.metrics(sums, 30)["wer"] == pytest.approx(jiwer.wer(references, decoded))
+
+
+def spelled(sentence):
+    """Return the symbols of a sentence with a blank after each, so that equal letters in a row stay apart."""
+    return "".join(letter + "_" for letter in sentence)
 
 
 def sentence_logits(*sentences):

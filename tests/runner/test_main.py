@@ -171,6 +171,29 @@ def test_a_batch_size_is_the_submissions_or_the_workloads(tmp_path, algoperfs):
     assert "get_batch_size('fsdd_lstm') returned None; it must return an integer >= 1, or raise ValueError" in error
 
 
+def test_a_search_space_of_another_size_than_the_trials_is_named(tmp_path, algoperfs):
+    """Too few points end the command before the first trial; more points than trials are a line of output."""
+    (tmp_path / "space.json").write_text(json.dumps([{"rate": rate} for rate in (0.1, 0.2, 0.3)]))
+    argv = arguments(tmp_path, algoperfs, f"--tuning_search_space={tmp_path / 'space.json'}", "--max_global_steps=1")
+    error = error_of("runner.__main__", *argv, "--num_tuning_trials=4")
+    assert error.startswith(f"error: {tmp_path / 'space.json'} has 3 points for 4 trials; ask for fewer")
+    assert not (tmp_path / "e").exists()
+    for asked in (2, 3):
+        with pytest.raises(SystemExit) as stopped:  # the submission's step fails, since it has hyperparameters
+            call("runner.__main__", *argv, f"--num_tuning_trials={asked}", "--overwrite")
+        (output,) = stopped.value.__notes__
+        notice = f"{tmp_path / 'space.json'} has 3 points; --num_tuning_trials={asked} takes the first {asked}"
+        assert (notice in output.splitlines()) == (asked == 2)
+
+
+def test_a_submission_that_cannot_tune_itself_is_named(tmp_path):
+    argv = arguments(tmp_path, f"--submission_path={ROOT / 'runner/baselines/adamw/submission.py'}")
+    error = error_of("runner.__main__", *without_space(*argv))
+    assert re.search(
+        r"adamw/submission\.py needs the hyperparameter \w+, so it cannot tune itself; give it a search space", error
+    )
+
+
 def test_a_hyperparameter_that_the_point_lacks_is_named(tmp_path, algoperfs):
     error = error_of("runner.__main__", *arguments(tmp_path, algoperfs))
     assert error == "error: tuning_search_space.json, point 1 lacks the hyperparameter rate, which the submission needs; add it"

@@ -44,7 +44,11 @@ def test_a_range_space_is_sampled_evenly_and_by_seed(tmp_path):
         ({"lr": {"feasible_points": []}}, "lr is .*; it must be"),
         ([], "must hold a list of points"),
         ("text", "must hold a list of points"),
-        ([{"not a name": 1}], "not a name"),
+        ([{"not a name": 1}, {"not a name": 2}], "not a name"),
+        (
+            [{"a": 1}],
+            r"space\.json has 1 points for 2 trials; ask for fewer \(the runner's --num_tuning_trials\), or add points",
+        ),
     ],
 )
 def test_a_bad_search_space_is_refused(tmp_path, space, message):

@@ -121,6 +121,14 @@ def test_a_failed_run_is_reported_and_not_written(tmp_path):
     assert set(read_table(tmp_path / "runs.csv")["point"]) == {point_hash(ours.points[1])}
 
 
+def test_a_submission_that_cannot_tune_itself_is_named(tmp_path):
+    ours = study.parse_entry(f"{NADAMW}:self", 5)
+    run = Run(ours.name, TOY, point_hash(None), 1)
+    (failure,) = complete(tmp_path / "runs.csv", ours, [run], max_workers=1)
+    assert f"{NADAMW} needs the hyperparameter " in failure
+    assert "so it cannot tune itself; give it a search space" in failure
+
+
 def test_the_point_is_chosen_on_a_seed_that_is_not_reported(tmp_path):
     path, ours = tmp_path / "runs.csv", entry(1e-4, 0.2, 0.1, 1e-5)
     assert study.run_studies(path, [ours], [TOY], count=2, max_workers=2) == []

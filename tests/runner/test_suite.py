@@ -100,7 +100,7 @@ def test_invalid_flags_are_named_before_the_first_run(tmp_path, flags, message):
 
 def test_a_space_with_too_few_points_is_refused(tmp_path):
     error = error_of("runner.suite", f"--output_dir={tmp_path}", f"--submissions={NADAMW}:{space(tmp_path, 0.1)}")
-    assert "has 1 points; it must have at least 5" in error
+    assert "has 1 points for 5 trials; ask for fewer" in error
 
 
 def test_scores_are_those_of_medians_and_of_single_studies():

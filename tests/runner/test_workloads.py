@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from skimage import metrics
 from torch import Tensor
 
 from runner import data, distributed
@@ -303,6 +304,19 @@ def test_structural_similarity_follows_its_definition():
         assert similarity.item() == pytest.approx(
             (luminance * (2 * covariance + 9e-4) / (x.var() + y.var() + 9e-4)).item(), abs=1e-4
         )
+
+
+def test_structural_similarity_is_that_of_scikit_image():
+    """Of random, constant, and equal images, and of MNIST's with what undersampling leaves of them."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.rand(4, 1, 24, 24, generator=draw)
+    zeros, ones = torch.zeros_like(noise), torch.ones_like(noise)
+    digits = load_workload("mnist_unet")._splits["validation"]
+    pairs = [(noise, noise.flip(0)), (noise, zeros), (noise, noise), (zeros, zeros), (zeros, ones), (ones, 0.5 * ones)]
+    for X, Y in [*pairs, (digits["inputs"][:20], digits["targets"][:20])]:
+        options = {"win_size": 7, "data_range": 1.0}
+        expected = [metrics.structural_similarity(*pair, **options) for pair in zip(X[:, 0].numpy(), Y[:, 0].numpy())]
+        torch.testing.assert_close(structural_similarity(X, Y).double(), torch.tensor(expected).double(), rtol=0, atol=1e-5)
 
 
 def test_undersampling_degrades_images_as_expected():

@@ -124,6 +124,26 @@ def test_a_checkpoint_continues_with_the_same_bits(tmp_path, evaluated):
     assert_equal(model.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (1, 1, 4), (0, 1)])
+def test_buffers_that_expand_repeats_are_averaged(shape):
+    """Their averages are those of a copy without repetitions, and training goes on with the same elements."""
+    model, copied, evaluated = nn.Module(), nn.Module(), []
+    model.register_buffer("scale", torch.zeros(shape).expand(2, *[5 if n == 1 else n for n in shape]))
+    copied.register_buffer("scale", model.scale.clone())
+    for each in (model, copied):
+        averages = AveragedWeights(each)
+        for t in range(1, 4):
+            averages.train()
+            each.scale = torch.full(shape, float(t)).expand_as(each.scale) if each is model else torch.full_like(each.scale, t)
+            averages.update()
+            averages.eval()
+        evaluated.append(each.scale.clone())
+        averages.train()
+    assert torch.equal(*evaluated)
+    assert torch.equal(model.scale, torch.full_like(copied.scale, 3))
+    assert model.scale.stride(0) == 0
+
+
 def test_an_update_of_the_average_by_itself_is_refused():
     averages = AveragedWeights(make_model())
     averages.eval()

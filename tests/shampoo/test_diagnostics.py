@@ -122,6 +122,14 @@ def test_approximate_bases_show_in_the_residual():
     assert max(residuals[1:]) < 0.3
 
 
+@pytest.mark.parametrize("solver", ["eigh", "qr", "newton"])
+def test_roots_of_zero_gradients_are_not_missing(solver):
+    params, optimizer = make((16, 8), precondition_frequency=1, solver=solver, relative_eps=True)
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    assert diagnostics(optimizer)["parameter 0 of shape (16, 8)"]["roots_missing"] == 0
+
+
 def test_missing_and_rescued_roots_are_reported():
     params, optimizer = make((16, 8), precondition_frequency=1)
     step(params, optimizer, 1)

@@ -45,6 +45,16 @@ def test_solver_agrees_with_float64(solver, rank, dim, p, device):
         assert np.linalg.norm(ours - ours.T) <= 1e-5 * np.linalg.norm(ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_root_of_a_zero_matrix_with_relative_eps_is_that_of_eps(solver, dtype):
+    """It is the identity times eps^(-p), also beside a matrix that is not zero."""
+    A = torch.stack([torch.zeros(3, 3), torch.eye(3)]).to(dtype)
+    X = root(A, 0.5, 1e-4, torch.zeros_like(A), solver=solver, relative_eps=True)
+    expected = torch.stack([100 * torch.eye(3), (1 + 3e-4) ** -0.5 * torch.eye(3)]).to(dtype)
+    torch.testing.assert_close(X, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("solver", ["eigh", "qr"])
 def test_a_diagonal_matrix_is_solved_elementwise(solver):
     diagonal = torch.tensor([0.0, 1e-12, 1e-6, 1.0, 1e6])

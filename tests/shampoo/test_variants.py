@@ -68,6 +68,40 @@ def test_what_is_not_defined_is_refused(options, words):
         AdamWShampoo(make_params((6, 5)), merge_dims=False, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("start_preconditioning_step", 9), ("normalized_grafting", True), ("covariance", "kl"), ("solver", "newton")],
+)
+def test_what_soap_is_not_defined_for_is_refused_at_the_next_step(name, value):
+    params = make_params((6, 5), (4, 4))
+    optimizer = AdamWShampoo(params, **SOAP, merge_dims=False)
+    train(optimizer, params, 3)
+    before, earlier = [p.detach().clone() for p in params], optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"with preconditioner 'soap', {name} is {value!r}"):
+        train(optimizer, params, 1, first=3)
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[0][name] = earlier
+    train(optimizer, params, 1, first=3)
+
+
+def test_a_later_start_of_shampoo_keeps_its_state():
+    """From then on, and until the new start, the grafting method alone updates the weights, as if it had always done so."""
+    ours, theirs = make_params((6, 5)), make_params((6, 5))
+    optimizer, adam = AdamWShampoo(ours, start_preconditioning_step=1), AdamWShampoo(theirs, start_preconditioning_step=100)
+    for each, params in ((optimizer, ours), (adam, theirs)):
+        train(each, params, 3)
+    factors = optimizer.state[ours[0]]["factors.0.0"].clone()
+    optimizer.param_groups[0]["start_preconditioning_step"] = 100
+    before = [p.detach().clone() for p in ours + theirs]
+    for each, params in ((optimizer, ours), (adam, theirs)):
+        train(each, params, 1, first=3)
+    steps = [p.detach() - W for p, W in zip(ours + theirs, before)]
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-7)
+    assert not torch.equal(factors, optimizer.state[ours[0]]["factors.0.0"])
+    assert torch.equal(optimizer.state[ours[0]]["factors.0.0"], adam.state[theirs[0]]["factors.0.0"])
+
+
 def test_kl_takes_the_exponents_that_are_left():
     """With max_factor_ratio, thin matrices keep one factor, and exponents=None is 1/2 for it."""
     options = {"covariance": "kl", "exponents": None, "max_factor_ratio": 1.0}
