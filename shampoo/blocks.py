@@ -111,10 +111,15 @@ def stack(shapes: Sequence[Shape], grids: Iterable[Grid]) -> Layout:
 
 def view(grid: Grid, shape: Shape) -> View:
     """Return the `View` of a grid's blocks in a contiguous parameter of this merged shape."""
-    stride = tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1]
+    stride = strides(shape)
     between = tuple(size * step for size, step in zip(grid.block, stride, strict=True))  # strides between blocks
     offset = sum(first * step for first, step in zip(grid.start, stride, strict=True))
     return View(grid.param, grid.counts + grid.block, between + stride, offset)
+
+
+def strides(shape: Shape) -> Shape:
+    """Return the strides of a contiguous tensor."""
+    return tuple(accumulate(reversed(shape[1:]), int.__mul__, initial=1))[: len(shape)][::-1]
 
 
 def resolve(options: Mapping[str, Any], name: str) -> Any:

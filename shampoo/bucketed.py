@@ -13,12 +13,13 @@ from . import checkpoint, options
 from .copies import checksum, is_sharded
 from .health import Health
 from .ranks import Exchange, agree, find_ranks
-from .rules import check_value, integer, one_of
+from .rules import check_value, one_of
+from .shards import Shards
 from .shown import Gathered, Shown, State
 from .state import Bucket
 
 # Attributes that pickle and deepcopy keep, besides torch's.
-KEPT = ("_ranks", "_exchange_dtype", "_health", "_buckets", "_compared")
+KEPT = ("_ranks", "_settings", "_health", "_buckets", "_compared")
 
 
 class BucketedOptimizer(Optimizer):
@@ -28,19 +29,18 @@ class BucketedOptimizer(Optimizer):
     (see `Shown`); at the next step, the buckets are rebuilt if necessary, and keep the state that fits.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any], exchange_dtype: Any, max_skipped_steps: int, process_group: Any):
-        self._ranks, self._exchange_dtype = find_ranks(process_group), exchange_dtype
-        self._health = Health(max_skipped_steps)
+    def __init__(self, params: Any, defaults: dict[str, Any], settings: dict[str, Any], process_group: Any):
+        self._ranks, self._settings = find_ranks(process_group), settings
+        self._health = Health(settings["max_skipped_steps"])
         self._compared = False  # whether ranks have compared weights
-        own = [f"exchange_dtype {exchange_dtype}", f"max_skipped_steps {max_skipped_steps}"]
+        own = [f"{name} {value}" for name, value in settings.items()]
         agree(self._ranks, self._initialize, params, defaults, describe=lambda _: own)
         self._install([])
         self._rebuild()
 
     def _initialize(self, params: Any, defaults: dict[str, Any]) -> None:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        check_value("exchange_dtype", self._exchange_dtype, one_of(None, *dtypes))
-        check_value("max_skipped_steps", self._health.limit, integer(1))
+        for name, rule in options.SETTINGS.items():
+            check_value(name, self._settings[name], rule)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,8 +100,12 @@ class BucketedOptimizer(Optimizer):
 
         If `looked`, `state` shows their state at once.
         """
-        self._buckets, ranks = buckets, self._ranks
-        self._exchange = Exchange(ranks, buckets, self._names(), self._exchange_dtype) if ranks.size > 1 and buckets else None
+        ranks, names, dtype = self._ranks, self._names(), self._settings["exchange_dtype"]
+        for bucket in buckets if ranks.size > 1 else ():
+            if is_sharded(bucket.params[0]):
+                bucket.shards = Shards(ranks, bucket, names, dtype, self._settings["gather_mb"] * 2**20)
+        self._buckets = buckets
+        self._exchange = Exchange(ranks, buckets, names, dtype) if ranks.size > 1 and buckets else None
         known = zero or ranks.size == 1
         self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 

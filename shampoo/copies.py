@@ -1,6 +1,6 @@
 """Convert between parameters, flat vectors, and stacks, by views and copies. `blocks.Layout` says where each block is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 from math import prod
@@ -81,6 +81,15 @@ def attempt(act: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
         return None, error
 
 
+def call_all(acts: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Return what each function returns. Raise an error after all calls only, since other ranks wait for each of them."""
+    found = [attempt(act) for act in acts]
+    for _, error in found:
+        if error is not None:
+            raise error
+    return [result for result, _ in found]
+
+
 @lru_cache(maxsize=256)
 def chunks(stacks: tuple[Shape, ...], kinds: tuple[bool, ...], numel: int) -> list[tuple[slice, slice, list[int], bool]]:
     """Split the stacks into runs of one kind and of at most `numel` elements; a larger stack is a run of its own.
@@ -100,51 +109,58 @@ def chunks(stacks: tuple[Shape, ...], kinds: tuple[bool, ...], numel: int) -> li
 class Inputs(NamedTuple):
     """Gradients and weights of a bucket's parameters, as a step reads them."""
 
-    grads: list[Tensor | None]  # of each parameter, None if it has none; DTensors gathered
+    grads: list[Tensor | None]  # of each parameter, None if it has none; only their norms where there is `flat`
     views: list[list[Tensor]]  # of each rank's grids in the weights, for decay and updates in place; none without a gradient
     in_place: bool  # whether the views share memory with the parameters, so that updating them updates the weights
+    flat: Tensor | None = None  # the gradients of this rank's blocks, where a rank holds only shards of parameters
 
 
 def read(params: Sequence[Tensor], layouts: Sequence[Layout], decay: float) -> Inputs:
     """Return the gradients of parameters, and views of their weights where decay or updates in place need them.
 
-    A collective for each DTensor, even if only other ranks have its gradient. Call it for all buckets before anything that may
-    fail on one rank alone, so that no rank waits for one that failed.
+    DTensors are gathered, whole: a collective for each, even if only other ranks have its gradient.
     """
     grads: list[Tensor | None] = []
     weights: list[Tensor | None] = []
-    in_place, failures = True, []
+    in_place = True
     for p in params:
         G, W, plain = p.grad, p, p.is_contiguous()
         if hasattr(p, "full_tensor"):
-            plain = False
-            G, no_gradient = attempt(full_gradient, p)
-            W, no_weights = attempt(full_tensor, p) if decay else (p, None)
-            failures += [error for error in (no_gradient, no_weights) if error]
+            G, W, plain = full_gradient(p), full_tensor(p) if decay else p, False
         grads.append(G)
         weights.append(W.contiguous() if G is not None and (plain or decay) else None)
         in_place = in_place and (plain or G is None)
-    if failures:  # raised after all collectives, in which other ranks wait
-        raise failures[0]
     return Inputs(grads, [grid_views(layout, weights) for layout in layouts], in_place)
 
 
-def move(params: Sequence[Tensor], layouts: Sequence[Layout], inputs: Inputs, views: list[list[Tensor]], lr: float) -> None:
-    """W <- W - lr P in place for each parameter with a gradient; `views` are the `flat_views` of each rank's P."""
+def move(params: Sequence[Any], layouts: Sequence[Layout], inputs: Inputs, views: list[list[Tensor]], lr: float) -> None:
+    """W <- W - lr P in place for each parameter with a gradient; `views` are the `flat_views` of each rank's P.
+
+    Where inputs have `flat`, the exchange has moved shards already.
+    """
     parts = list(chain.from_iterable(views))
     if inputs.in_place:
         add(list(chain.from_iterable(inputs.views)), parts, -lr)
+    if inputs.in_place or inputs.flat is not None:
         return
     updates = [None if G is None else G.new_zeros(G.shape, dtype=parts[0].dtype) for G in inputs.grads]
     add([view for layout in layouts for view in grid_views(layout, updates)], parts, -lr)
     for p, full_update in zip(params, updates, strict=True):
-        if full_update is not None:
-            add_full(p, full_update)
+        if full_update is not None and is_sharded(p):
+            p.to_local().add_(full_update[tuple(slice(each.start, each.stop) for each in shard_box(p))])
+        elif full_update is not None:
+            p.add_(full_update)
 
 
 def is_sharded(x: Any) -> bool:
     """Return whether x is a DTensor."""
     return hasattr(x, "full_tensor")
+
+
+def shard_box(x: Any) -> tuple[range, ...]:
+    """Return the indices of this rank's shard of a DTensor, in each dimension."""
+    first = x.__create_chunk_list__()[0].offsets  # as torch.distributed.checkpoint asks for it
+    return tuple(map(range, first, map(int.__add__, first, x.to_local().shape)))
 
 
 def full_tensor(x: Any) -> Any:
@@ -156,18 +172,6 @@ def full_gradient(p: Tensor) -> Tensor | None:
     """Return p.grad, or None. A DTensor is gathered: a collective, even if only other ranks have a gradient."""
     full: Tensor = full_tensor(torch.zeros_like(p) if p.grad is None and is_sharded(p) else p.grad)
     return None if p.grad is None else full
-
-
-def add_full(x: Tensor, update: Tensor) -> None:
-    """x <- x + update in place, for an update of x's full shape; if x is a DTensor, each rank updates its own shard."""
-    if not is_sharded(x):
-        x.add_(update)
-        return
-    from torch.distributed.tensor import DTensor, Replicate  # slow (1.5 s), so import it only for DTensors
-
-    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
-    replicated = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    x.to_local().add_(replicated.redistribute(mesh, placements).to_local())  # type: ignore[attr-defined]
 
 
 def checksum(x: Tensor) -> int:

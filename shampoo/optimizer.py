@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
-from .copies import Flat, Inputs, attempt, flat_views, move, read
+from .copies import Flat, Inputs, attempt, flat_views, move
 from .options import OPTIONS, CovarianceName, ExponentsOption, GraftingName, PreconditionerName, SolverName, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
@@ -22,7 +22,7 @@ class AdamWShampoo(BucketedOptimizer):
     `update` has the formulas.
 
     Args:
-        params: tensors, named tensors (torch >= 2.6), or group dicts; all options but the last three may differ per group.
+        params: tensors, named tensors (torch >= 2.6), or group dicts; all options but the last four may differ per group.
             Weights of any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the gradient's average (theta in the paper) and of the factors (beta); betas[1] = 1: plain sums.
@@ -69,6 +69,7 @@ class AdamWShampoo(BucketedOptimizer):
         precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) can have factors; else, see max_dim.
         bf16_roots: keep roots in bfloat16.
         exchange_dtype: dtype in which ranks exchange directions; None: that of the state.
+        gather_mb: MB (2^20 bytes) that buffers may take in which ranks exchange gradients, weights, and directions of DTensors.
         max_skipped_steps: raise FloatingPointError on this many consecutive non-finite steps.
         process_group: the ranks that share the blocks, a ProcessGroup or a one-dimensional DeviceMesh; None: the default group
             if torch.distributed is initialized, otherwise this process alone.
@@ -132,11 +133,13 @@ class AdamWShampoo(BucketedOptimizer):
         precondition_vectors: bool = True,
         bf16_roots: bool = False,
         exchange_dtype: torch.dtype | None = None,
+        gather_mb: int = 256,
         max_skipped_steps: int = 100,
         process_group: Any = None,
     ):
         defaults = {name: plain(value) for name, value in locals().items() if name in OPTIONS}
-        super().__init__(params, defaults, exchange_dtype, max_skipped_steps, process_group)
+        settings = {"exchange_dtype": exchange_dtype, "gather_mb": gather_mb, "max_skipped_steps": max_skipped_steps}
+        super().__init__(params, defaults, settings, process_group)
 
     @property
     def events(self) -> Counter[str]:
@@ -153,8 +156,8 @@ class AdamWShampoo(BucketedOptimizer):
         if self._ranks.size > 1 or self._health.norms or self._shown.own or self._shown.changed(self.state, self.param_groups):
             self._start_step()
         inputs: list[Inputs] = []
-        for bucket in self._buckets:
-            found, failure = attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+        for bucket in self._buckets:  # with DTensors collectives, so all before what may fail on one rank alone
+            found, failure = attempt(bucket.read, bucket.group["weight_decay"])
             inputs, error = [*inputs, found], error or failure
 
         # 2. Directions of this rank's blocks. A rank that fails still joins the exchange, so that the others do not hang.
@@ -168,28 +171,27 @@ class AdamWShampoo(BucketedOptimizer):
                 directions.append(compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), []))
             for group in self.param_groups if not skip else ():
                 group["step"] += id(group) in moving
-        except Exception as failed:
-            error, skip = failed, True
+        except Exception as failure:
+            error, skip = failure, True
 
-        # 3. Directions of all ranks
+        # 3. Directions of all ranks, and weights. A rank that fails only here joins the next exchange, so that others hear it
         exchange, outcome = self._exchange, [skip, error is not None]
-        gathered = exchange.run([P for P, _ in directions] if not skip else [], outcome) if exchange is not None else []
-        if error is not None:
-            raise error  # other ranks raise at their next step
-
-        # 4. Weights. A rank that fails here joins the next exchange of the others, so that they hear of it
         try:
+            gathered = exchange.run([P for P, _ in directions] if not skip else [], outcome) if exchange is not None else []
             for i, (bucket, of_bucket) in enumerate(zip(self._buckets, inputs, strict=True)) if not skip else ():
                 if bucket.unusual:
                     self._health.report(bucket, self._names)
                 views = [directions[i][1]]
-                if gathered:
+                if gathered and not bucket.shards:
                     of_ranks = zip(bucket.layouts, gathered[i], strict=True)  # gathered: [bucket][rank]
                     views = [flat_views(layout, P.to(bucket.device, bucket.dtype), of_bucket.grads) for layout, P in of_ranks]
                 move(bucket.params, bucket.layouts, of_bucket, views, float(bucket.group["lr"]))
-        except Exception:
-            self._join_next_exchange()
-            raise
+        except Exception as failure:
+            if error is None:
+                self._join_next_exchange()
+            error = error or failure
+        if error is not None:
+            raise error
         if not self._health.weighed:
             self._health.weigh(self._buckets)
         if self._shown.own:
@@ -200,5 +202,5 @@ class AdamWShampoo(BucketedOptimizer):
         """Take part in the other ranks' next step as a rank that failed."""
         if self._exchange is not None:
             for bucket in self._buckets:
-                attempt(read, bucket.params, bucket.layouts, bucket.group["weight_decay"])
+                attempt(bucket.read, bucket.group["weight_decay"])
             attempt(self._exchange.run, [], [True, True])

@@ -69,6 +69,11 @@ class Options(TypedDict):
 
 MARKS = {name: hint.__metadata__ for name, hint in get_type_hints(Options, include_extras=True).items()}  # rules first
 OPTIONS: dict[str, Rule] = {name: marks[0] for name, marks in MARKS.items()}
+SETTINGS = {  # options of the optimizer as a whole, and their rules
+    "exchange_dtype": one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "gather_mb": integer(1),
+    "max_skipped_steps": integer(1),
+}
 
 
 class Group(Options):

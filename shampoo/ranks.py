@@ -1,10 +1,11 @@
 """Find the ranks of a process group, check that they agree, and exchange directions once per step.
 
 Each rank computes the directions of the blocks that it owns. One all-gather sends all directions to all ranks, and each rank
-applies them to its weights. `assignment` decides which rank owns which block.
+applies them to its weights; `shards` has another way for DTensors. `assignment` decides which rank owns which block.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import compress, zip_longest
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .copies import attempt
+from .copies import attempt, call_all
 from .health import copy_to_host, some
 from .state import Bucket
 
@@ -71,6 +72,12 @@ def agree(ranks: Ranks, act: Callable[..., Any], *arguments: Any, describe: Call
     return result
 
 
+def clamp_half(X: Tensor) -> Tensor:
+    """Clamp X in place to the range of float16, if that is its dtype, since directions may exceed 65,504. Return X."""
+    limits = torch.finfo(torch.float16)
+    return X.clamp_(limits.min, limits.max) if X.dtype == torch.float16 else X
+
+
 class Exchange:
     """The all-gather of each step on multiple ranks, and its buffers.
 
@@ -85,7 +92,7 @@ class Exchange:
     def __init__(self, ranks: Ranks, buckets: list[Bucket], names: dict[Tensor, str], dtype: torch.dtype | None):
         self._ranks, self._buckets = ranks, buckets
         self._names = [names[p] for bucket in buckets for p in bucket.params]
-        self._lengths = [[bucket.layouts[r].numel for bucket in buckets] for r in range(ranks.size)]
+        self._lengths = [[0 if bucket.shards else bucket.layouts[r].numel for bucket in buckets] for r in range(ranks.size)]
         width = max(map(sum, self._lengths)) + len(self._names) + 2
         dtype = dtype or max((bucket.dtype for bucket in buckets), key=lambda each: each.itemsize)
         self._sent = torch.zeros(width, dtype=dtype, device=buckets[0].device)
@@ -96,20 +103,22 @@ class Exchange:
     def run(self, directions: list[Tensor], flags: list[bool]) -> list[list[Tensor]]:
         """Return all ranks' directions [bucket][rank], given this rank's, or [] for zeros, and its flags [skip, failed].
 
-        The result has the buffers' dtype and device, and is valid until the next call.
+        The result has the buffers' dtype and device, and is valid until the next call. Buckets with shards move at once, and
+        have no directions in it.
         """
-        own = [P.to(self._sent.device) for P in directions or [bucket.zeros() for bucket in self._buckets]]
+        own = directions or [bucket.zeros() for bucket in self._buckets]
         flags = [p.grad is not None for bucket in self._buckets for p in bucket.params] + flags
         if flags != self._flags:
             self._sent[-len(flags) :] = torch.tensor(flags, dtype=self._sent.dtype)
             self._flags = flags
-        sent = torch.cat(own, out=self._sent[: sum(self._lengths[self._ranks.rank])])
-        if sent.dtype == torch.float16:  # directions may exceed its maximum, 65,504
-            sent.clamp_(torch.finfo(sent.dtype).min, torch.finfo(sent.dtype).max)
+        lengths = self._lengths[self._ranks.rank]
+        parts = [P[:n].to(self._sent.device) for P, n in zip(own, lengths, strict=True)]
+        clamp_half(torch.cat(parts, out=self._sent[: sum(lengths)]))
         all_gather(self._received, self._sent, group=self._ranks.group)
         rows = self._received.view(self._ranks.size, -1)
         self._differing = copy_to_host((rows[:, -len(flags) :] != rows[0, -len(flags) :]).any(dim=0))
         of_ranks = (torch.split_with_sizes(row[: sum(n)], n) for row, n in zip(rows, self._lengths, strict=True))
+        call_all(partial(bucket.shards.move, P) for bucket, P in zip(self._buckets, own, strict=True) if bucket.shards)
         return list(map(list, zip(*of_ranks, strict=True)))
 
     def check(self) -> None:

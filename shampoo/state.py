@@ -1,7 +1,7 @@
 """The optimizer's state: buckets of parameters, each with one flat vector per moment and one preconditioner per stack."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .assignment import Cost, share_blocks
 from .blocks import Layout, block_exponents, merged_shape, parameter_exponents
+from .copies import Inputs, is_sharded, read
 from .grafting import GRAFTING
 from .options import Group
 from .preconditioner import PRECONDITIONERS, Kronecker
@@ -24,6 +25,7 @@ class Bucket:
 
     Each moment is a flat vector of the blocks that the rank owns, or None if it is not needed. Parameters of which no block has
     factors are not `factored`: their preconditioners are empty. The grafting method alone updates blocks without factors.
+    Either all parameters are DTensors, or none.
     """
 
     group: Group
@@ -48,6 +50,8 @@ class Bucket:
         self.second_moment = "rotated_exp_avg_sq" if self.rotates else "exp_avg_sq"  # its key
         self.names = {"step", *kind.NAMES, *dict(moments(self))}  # of its state
         self.steps, self.shapes = [0] * len(self.params), [p.shape for p in self.params]
+        self.shards: Any = None  # a `Shards` on multiple ranks if parameters are DTensors
+        self.read: Callable[[float], Inputs] = partial(read, self.params, self.layouts)
         self.unusual: Counter[tuple[int, str]] = Counter()  # rescued roots and non-finite directions of (parameter index, what)
 
     def zeros(self) -> Tensor:
@@ -74,13 +78,13 @@ def make_buckets(groups: Sequence[Group], rank: int, num_ranks: int) -> list[Buc
     """
     loads, buckets = [Cost(0.0, 0)] * num_ranks, []
     for group in groups:
-        members: dict[tuple[bool, torch.device, torch.dtype], list[Tensor]] = {}
+        members: dict[tuple[bool, torch.device, torch.dtype, bool], list[Tensor]] = {}
         for p in group["params"]:
             if not is_lazy(p) and p.numel():
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 factored = bool(parameter_exponents(tuple(p.shape), group))
-                members.setdefault((factored, p.device, dtype), []).append(p)
-        for (factored, device, dtype), params in sorted(members.items(), key=lambda item: not item[0][0]):  # costly first
+                members.setdefault((factored, p.device, dtype, is_sharded(p)), []).append(p)
+        for (factored, device, dtype, _), params in sorted(members.items(), key=lambda item: not item[0][0]):  # costly first
             shapes, flops = [merged_shape(tuple(p.shape), group) for p in params], partial(block_flops, group, factored)
             layouts, loads = share_blocks(shapes, group["block_size"], flops, loads)
             buckets.append(Bucket(group, params, device, dtype, factored, layouts, rank))

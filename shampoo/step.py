@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from . import update
-from .copies import Flat, Inputs, add, chunks, flatten, load, spread, stack_views
+from .copies import Flat, Inputs, add, chunks, flat_views, flatten, load, spread, stack_views
 from .due import due_blocks
 from .grafting import GRAFTING, Grafting
 from .options import Group
@@ -90,7 +90,8 @@ def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Te
 
 def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
     """Return a bucket's gradients G, negated if maximize, plus coupled decay: a flat vector, and its `flat_views`."""
-    G, views = load(bucket.layout, inputs.grads, bucket.dtype, bucket.device)
+    layout, found, G = bucket.layout, inputs.grads, inputs.flat
+    G, views = load(layout, found, bucket.dtype, bucket.device) if G is None else (G, flat_views(layout, G, found))
     if bucket.group["maximize"]:
         G.neg_()
     if finite is not None:

@@ -27,8 +27,8 @@ from rank_models import (
 )
 from torch import nn
 
-import shampoo.copies
 import shampoo.optimizer
+import shampoo.shards
 from shampoo import AdamWShampoo
 from shampoo.diagnostics import diagnostics, weights
 
@@ -292,16 +292,17 @@ def failing_after_exchange(rank, size, function, sharded=False):
     """Fail in a function behind the exchange on rank 1 at step 3. Return the step at which this rank raises, and its error."""
     group = quick_group(size)
     params = sharded_parameters(group) if sharded else parameters((9, 7), (4,))
-    optimizer = AdamWShampoo(params, **COMMON, process_group=group)
-    return first_error(optimizer, params, 8, failing_function(shampoo.optimizer, function, 3, rank), ones)
+    optimizer = AdamWShampoo(params, **COMMON, gather_mb=1, process_group=group)
+    module = shampoo.shards if sharded else shampoo.optimizer
+    return first_error(optimizer, params, 8, failing_function(module, function, 3, rank), ones)
 
 
-def failing_while_reading(rank, size, before, decay):
-    """Fail on rank 1 at step 3 while reading the first of two DTensors, before or after its first collective."""
+def failing_while_reading(rank, size, decay):
+    """Fail on rank 1 at step 3 while reading DTensors, after the first of several collectives."""
     group = quick_group(size)
     params = sharded_parameters(group)
-    optimizer = AdamWShampoo(params, **COMMON, weight_decay=decay, process_group=group)
-    return first_error(optimizer, params, 8, failing_function(shampoo.copies, "full_tensor", 3, rank, before), ones)
+    optimizer = AdamWShampoo(params, **COMMON, weight_decay=decay, gather_mb=1, process_group=group)
+    return first_error(optimizer, params, 8, failing_function(shampoo.shards, "all_to_all", 3, rank, before=False), ones)
 
 
 def different_weights(rank, size, case):

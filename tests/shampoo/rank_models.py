@@ -165,9 +165,9 @@ def ones(params, t):
 
 
 def sharded_parameters(group):
-    """Return two DTensors on the ranks of a group."""
+    """Return two DTensors on the ranks of a group, of which the first is sent in three runs of blocks if gather_mb is 1."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = DeviceMesh.from_group(group, "cpu")
-    return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters((9, 7), (4, 6))]
+    return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters((700, 400), (4, 6))]

@@ -287,7 +287,10 @@ def test_a_bad_option_is_named_with_its_value(name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("exchange_dtype", torch.int8), ("exchange_dtype", "bf16"), ("process_group", [0, 1]), ("process_group", "gloo")],
+    [
+        *(("exchange_dtype", torch.int8), ("exchange_dtype", "bf16"), ("gather_mb", 0), ("gather_mb", 1.5)),
+        *(("process_group", [0, 1]), ("process_group", "gloo")),
+    ],
 )
 def test_a_bad_distributed_option_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):

@@ -13,12 +13,12 @@ from mypy import api
 from shampoo import AdamWShampoo, options
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import optimizer_options
-from shampoo.options import OPTIONS, Group, Options
+from shampoo.options import OPTIONS, SETTINGS, Group, Options
 from shampoo.preconditioner import PRECONDITIONERS
 from shampoo.roots import SOLVERS
 
 ROOT = Path(__file__).parents[2]
-OF_THE_OPTIMIZER = {"self", "params", "exchange_dtype", "max_skipped_steps", "process_group"}
+OF_THE_OPTIMIZER = {"self", "params", *SETTINGS, "process_group"}
 
 
 def test_signature_types_and_rules_have_the_same_options():
@@ -26,7 +26,7 @@ def test_signature_types_and_rules_have_the_same_options():
     assert set(signature.parameters) - OF_THE_OPTIMIZER == set(OPTIONS) == set(get_type_hints(Options))
     hints = get_type_hints(AdamWShampoo.__init__)
     assert all(hints[name] == hint for name, hint in get_type_hints(Options).items())
-    assert all(OPTIONS[name][0](signature.parameters[name].default) for name in OPTIONS)
+    assert all(rule[0](signature.parameters[name].default) for name, rule in (OPTIONS | SETTINGS).items())
 
 
 @pytest.mark.parametrize(
