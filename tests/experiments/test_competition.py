@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.competition import check, plan, projection, published
+from experiments.competition import check, leaderboard, plan, projection, published
+from runner.times import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,65 +51,83 @@ def test_a_projection_without_savings_equals_the_published_score():
     assert scores["slowest"] < scores["median"] < scores["fastest"]
 
 
-def run_plan(folder, script, runner, **variables):
-    """Run a script of the plan with a program in place of torchrun. The folders have spaces in their names."""
+def run_plan(folder, script, runner, lacks=(), **variables):
+    """Run a script of the plan with a program in place of torchrun, in relative folders with spaces in their names."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "torchrun").write_text(runner)
     (folder / "bin" / "torchrun").chmod(0o755)
     (folder / "script").write_text(script)
+    for workload in set(plan.DATA) - set(lacks):
+        (folder / "algo perf" / "algoperf" / "workloads" / workload).mkdir(parents=True, exist_ok=True)
     environment = {
         "PATH": f"{folder}/bin:/usr/bin:/bin",
-        "ALGOPERF": str(folder),
-        "DATA": "/my data",
-        "EXPERIMENTS": f"{folder}/my experiments",
+        "ALGOPERF": "algo perf",
+        "DATA": "my data",
+        "EXPERIMENTS": "my experiments",
         **variables,
     }
     return subprocess.run(
-        ["/bin/bash", folder / "script"], env=environment, capture_output=True, text=True, timeout=1200, check=False
+        ["/bin/bash", "script"], env=environment, cwd=folder, capture_output=True, text=True, timeout=1200, check=False
     )
 
 
 def test_the_plan_runs_every_trial_once_and_resumes(tmp_path):
-    script = plan.shell_script(plan.plan())
-    folder = "$(for a; do case $a in --experiment_dir=*) d=${a#*=};; --experiment_name=*) n=${a#*=};; --workload=*) w=${a#*=};;"
-    folder += " --hparam_end_index=*) t=${a#*=};; esac; done; echo $d/$n/${w}_pytorch/trial_$t)"
+    cases = {"experiment_dir": "d", "experiment_name": "n", "workload": "w", "hparam_end_index": "t"}
+    cases = " ".join(f"--{flag}=*) {name}=${{a#*=}};;" for flag, name in cases.items())
+    folder = f"$(for a; do case $a in {cases} esac; done; echo $d/$n/${{w}}_pytorch/trial_$t)"
     fails = f'#!/bin/bash\nf="{folder}"\nmkdir -p "$f"; echo x >> "$f/log"; [[ $f != */study_2/ogbg_pytorch/trial_3 ]]\n'
-    run_plan(tmp_path, script, fails)
-    logs = sorted((tmp_path / "my experiments").rglob("log"))
+    script, output = plan.shell_script("external"), tmp_path / "my experiments"
+    done = run_plan(tmp_path, script, fails, lacks=["finewebedu_lm"])
+    assert set(done.stderr.splitlines()) == {"skipped: AlgoPerf's checkout lacks finewebedu_lm"}
+    logs = sorted(output.rglob("log"))
     assert len(logs) == 120
-    assert len(sorted((tmp_path / "my experiments").rglob("finished"))) == 119
-    run_plan(tmp_path, script, fails.replace("[[ $f != */study_2/ogbg_pytorch/trial_3 ]]", "true"))
-    assert len(sorted((tmp_path / "my experiments").rglob("finished"))) == 120
+    assert len(sorted(output.rglob("finished"))) == 119
+    succeeds = fails.replace("[[ $f != */study_2/ogbg_pytorch/trial_3 ]]", "true")
+    run_plan(tmp_path, script, succeeds, lacks=["finewebedu_lm"])
+    assert len(sorted(output.rglob("finished"))) == 120
     assert {log.read_text() for log in logs} == {"x\n"}  # only the failed one started over
 
 
-def test_the_plan_follows_the_benchmark(tmp_path):
+EXPECTED = {  # what torchrun gets for imagenet_vit in study 2, at point 3 if there is one
+    "self": "--standalone --nproc_per_node=4 submission_runner.py --framework=pytorch --workload=imagenet_vit "
+    "--submission_path=submissions/self_tuning/adamw_shampoo/submission.py --tuning_ruleset=self",
+    "external": "--standalone --nproc_per_node=4 submission_runner.py --framework=pytorch --workload=imagenet_vit "
+    "--submission_path=submissions/external_tuning/adamw_shampoo/submission.py --tuning_ruleset=external "
+    "--tuning_search_space=submissions/external_tuning/adamw_shampoo/tuning_search_space_2026.json "
+    "--num_tuning_trials=5 --hparam_start_index=2 --hparam_end_index=3",
+    "competition": "--standalone --nproc_per_node=8 submission_runner.py --framework=pytorch --workload=imagenet_vit "
+    "--submission_path=submissions/external_tuning/adamw_shampoo/submission.py --tuning_ruleset=external "
+    "--tuning_search_space=submissions/external_tuning/adamw_shampoo/tuning_search_space.json "
+    "--num_tuning_trials=5 --hparam_start_index=2 --hparam_end_index=3",
+}
+
+
+@pytest.mark.parametrize(("name", "count"), [("self", 27), ("external", 135), ("competition", 120)])
+def test_the_plan_follows_the_benchmark(tmp_path, name, count):
     """The script and the job array call torchrun with AlgoPerf's flags, for each point of each workload in each study."""
-    trials = plan.plan()
-    assert len({trial.seed for trial in trials}) == len(set(trials)) == 120
-    assert len(json.loads((ROOT / "tuning_search_space.json").read_text())) == plan.POINTS
-    assert set(plan.DATA) == set(published.times("0.6").columns)
+    trials, entry = plan.plan(name), plan.ENTRIES[name]
+    assert len({trial.seed for trial in trials}) == len(set(trials)) == count
+    assert set(entry.workloads) - {"finewebedu_lm"} == set(published.times("0.6").columns)
+    if entry.search_space:
+        assert len(json.loads((ROOT / entry.search_space).read_text())) == entry.points
     prints = "#!/bin/bash\nprintf '%s\\n' \"$*\"; false\n"
-    lines = run_plan(tmp_path, plan.shell_script(trials), prints).stdout.splitlines()
-    assert len(set(lines)) == 120
-    chosen = next(i for i, trial in enumerate(trials) if trial[:3] == (2, "imagenet_vit", 3))
-    submission = "submissions/external_tuning/adamw_shampoo"
+    lines = run_plan(tmp_path, plan.shell_script(name), prints).stdout.splitlines()
+    assert len(set(lines)) == count
+    chosen = next(i for i, trial in enumerate(trials) if trial[:3] == (2, "imagenet_vit", min(3, entry.points)))
     expected = (
-        "--standalone --nproc_per_node=8 submission_runner.py --framework=pytorch --workload=imagenet_vit "
-        f"--submission_path={submission}/submission.py --tuning_search_space={submission}/tuning_search_space.json "
-        f"--num_tuning_trials=5 --hparam_start_index=2 --hparam_end_index=3 --rng_seed={trials[chosen].seed} "
-        f"--data_dir=/my data/imagenet/pytorch --experiment_dir={tmp_path}/my experiments/adamw_shampoo "
-        "--experiment_name=study_2 --save_checkpoints=False --resume_last_run --imagenet_v2_data_dir=/my data/imagenet/pytorch"
+        f"{EXPECTED[name]} --rng_seed={trials[chosen].seed} --data_dir={tmp_path}/my data/imagenet/pytorch "
+        f"--experiment_dir={tmp_path}/my experiments/adamw_shampoo_{name} --experiment_name=study_2 "
+        f"--save_checkpoints=False --resume_last_run --imagenet_v2_data_dir={tmp_path}/my data/imagenet/pytorch"
     )
     assert lines[chosen] == expected
-    of_task = run_plan(tmp_path, plan.slurm_array(trials), prints, SLURM_ARRAY_TASK_ID=str(chosen + 1))
+    of_task = run_plan(tmp_path, plan.slurm_array(name), prints, SLURM_ARRAY_TASK_ID=str(chosen + 1))
     assert of_task.stdout.splitlines() == [expected]
 
 
 @pytest.mark.parametrize("missing", ["ALGOPERF", "DATA", "EXPERIMENTS", "torchrun"])
 def test_the_plan_says_what_it_needs_before_the_first_trial(tmp_path, missing):
     variables = {"PATH": "/nowhere"} if missing == "torchrun" else {missing: ""}
-    result = run_plan(tmp_path, plan.shell_script(plan.plan()), "#!/bin/bash\necho started\n", **variables)
+    result = run_plan(tmp_path, plan.shell_script("self"), "#!/bin/bash\necho started\n", **variables)
     assert (result.returncode, result.stdout) == (1, "")
     assert missing in result.stderr
 
@@ -117,16 +136,24 @@ def test_a_dry_run_prints_the_script_in_short_lines_and_the_steps_of_a_submissio
     command = [sys.executable, "-m", "experiments.competition.plan", "--dry_run"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True).stdout
     script, _, steps = output.partition("\n# To submit")
-    assert script == plan.shell_script(plan.plan())
-    assert max(map(len, output.splitlines())) <= 128
-    assert [line[:4] for line in steps.splitlines()[1:]] == [f"# {number}." for number in range(1, 6)]
-    assert plan.SUBMISSION in steps
+    assert script == plan.shell_script("self")
+    assert max(len(line) for name in plan.ENTRIES for line in plan.shell_script(name).splitlines()) <= 128
+    numbered = [line[2:4] for line in steps.splitlines()[1:] if line[2].isdigit()]
+    assert numbered == [f"{number}." for number in range(1, 7)]
+    assert plan.ENTRIES["self"].submission in steps
+
+
+def test_the_longest_time_is_that_of_all_budgets():
+    budgets = BENCHMARKS["2026"]["workloads"].values()
+    hours = 3 * sum(workload["max_allowed_runtime_sec"] for workload in budgets) / 3600
+    assert plan.hours("external") == pytest.approx(5 * hours)
+    assert plan.hours("self") == pytest.approx(1.5 * hours)
 
 
 def test_the_check_finds_torchrun_beside_its_python(tmp_path, monkeypatch):
     def requirement(path):
         monkeypatch.setenv("PATH", str(path))
-        return next(found for found in check.check_machine() if found[0] == "torchrun")
+        return next(found for found in check.check_machine(4) if found[0] == "torchrun")
 
     own = tmp_path / "environment" / "torchrun"
     own.parent.mkdir()
@@ -138,25 +165,44 @@ def test_the_check_finds_torchrun_beside_its_python(tmp_path, monkeypatch):
     assert requirement("/nowhere")[1:] == (False, "not installed", "install torch in the environment of this Python")
 
 
-def test_the_check_names_what_is_missing(tmp_path):
-    submission = tmp_path / plan.SUBMISSION
+def found(environment, entry):
+    """Return whether each requirement on folders is met."""
+    return {what: met for what, met, _, _ in check.check_folders(environment.get, plan.ENTRIES[entry])}
+
+
+def remedies(environment, entry):
+    """Return the remedy for each requirement on folders."""
+    return {what: remedy for what, _, _, remedy in check.check_folders(environment.get, plan.ENTRIES[entry])}
+
+
+@pytest.mark.parametrize("name", ["self", "competition"])
+def test_the_check_names_what_is_missing(tmp_path, name):
+    entry = plan.ENTRIES[name]
+    submission, workloads = tmp_path / entry.submission, tmp_path / "algoperf" / "workloads"
     places = {"ALGOPERF": str(tmp_path), "DATA": str(tmp_path / "data"), "EXPERIMENTS": str(tmp_path / "new" / "experiments")}
-    found = {what: there for what, there, _, _ in check.check_folders(places.get)}
-    assert not found["AlgoPerf's runner"]
-    assert not found["this submission in AlgoPerf's checkout"]
-    assert not found["data of ogbg"]
+    met = found(places, name)
+    checkout = ["AlgoPerf's runner", "all workloads in AlgoPerf's checkout", "this submission in AlgoPerf's checkout"]
+    names = [*checkout, "data in ogbg"]
+    assert not any(met[what] for what in names)
+    assert met["10 GiB for logs"]
     (tmp_path / "submission_runner.py").touch()
+    for workload in entry.workloads:
+        (workloads / workload).mkdir(parents=True)
     (submission / "shampoo").mkdir(parents=True)
-    for name in (*check.FILES, *(f"shampoo/{path.name}" for path in (ROOT / "shampoo").glob("*.py"))):
-        (submission / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "data" / "ogbg").mkdir(parents=True)
-    (tmp_path / "data" / "ogbg" / "file").touch()
-    found = {what: there for what, there, _, _ in check.check_folders(places.get)}
-    assert found["AlgoPerf's runner"]
-    assert found["this submission in AlgoPerf's checkout"]
-    assert found["data of ogbg"]
+    for file in [*leaderboard.submission_files(ROOT), *filter(None, [entry.search_space])]:
+        (submission / file).write_bytes((ROOT / file).read_bytes())
+    (tmp_path / "data" / "ogbg" / "ogbg_molpcba" / "0.1.3").mkdir(parents=True)
+    assert "an empty __init__.py" in remedies(places, name)["this submission in AlgoPerf's checkout"]
+    (submission / "__init__.py").touch()
+    assert all(found(places, name)[what] for what in names)
     (submission / "shampoo" / "roots.py").write_text("other")
-    words = {what: (there, remedy) for what, there, _, remedy in check.check_folders(places.get)}
-    assert not words["this submission in AlgoPerf's checkout"][0]
-    assert "shampoo/roots.py" in words["this submission in AlgoPerf's checkout"][1]
-    assert not next(check.check_folders({}.get))[1]
+    (workloads / "wmt").rmdir()
+    (tmp_path / "new").touch()
+    assert [what for what in names if not found(places, name)[what]] == names[1:3]
+    assert "shampoo/roots.py" in remedies(places, name)["this submission in AlgoPerf's checkout"]
+    assert not found(places, name)["10 GiB for logs"]
+    assert not any(found({}, name).values())
+
+
+def test_every_data_set_of_the_plan_is_checked():
+    assert {folder for folder, *_ in map(str.split, plan.DATA.values())} == set(check.PARTS)
