@@ -23,11 +23,13 @@ if TYPE_CHECKING or not __package__:  # imported as `submission` from this folde
     from shampoo import AdamWShampoo
     from shampoo.averaging import AveragedWeights
     from shampoo.hyperparameters import optimizer_options
+    from shampoo.roots import full_precision
     from shampoo.schedule import SCHEDULES
 else:  # imported as `submissions.external_tuning.NAME.submission` from AlgoPerf's root
     from .shampoo import AdamWShampoo
     from .shampoo.averaging import AveragedWeights
     from .shampoo.hyperparameters import optimizer_options
+    from .shampoo.roots import full_precision
     from .shampoo.schedule import SCHEDULES
 
 BATCH_SIZES = {  # as published
@@ -238,11 +240,12 @@ def global_loss(summed: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
 
 
 def take_step(optimizer: Shampoo, global_step: int) -> None:
-    """Take an optimizer step. Raise TrainingCompleteError after too many consecutive steps with NaN or Inf in the gradients; it
-    ends this trial cleanly, and other trials still run.
+    """Take an optimizer step, in full precision where AlgoPerf allows TF32. Raise TrainingCompleteError after too many
+    consecutive steps with NaN or Inf in the gradients; it ends this trial cleanly, and other trials still run.
     """
     try:
-        optimizer.step()
+        with full_precision():
+            optimizer.step()
     except FloatingPointError as error:
         logging.error(f"training ends at step {global_step}: {error}")
         raise spec.TrainingCompleteError from error

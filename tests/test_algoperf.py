@@ -154,7 +154,7 @@ def test_wrapped_models_train_like_the_bare_one(one_rank, compiled, parallel):
 
 
 class TiedLanguageModel(nn.Module):
-    """The tied 50257 x 1024 embedding of AlgoPerf's language model, with one block of RMSNorm and an MLP."""
+    """The tied 50257 x 1024 embedding of AlgoPerf's language model, with one block of RMSNorm and an MLP, and a 0-d scale."""
 
     def __init__(self):
         super().__init__()
@@ -162,11 +162,12 @@ class TiedLanguageModel(nn.Module):
         self.norm, self.up, self.down = nn.RMSNorm(1024), nn.Linear(1024, 64, bias=False), nn.Linear(64, 1024, bias=False)
         self.head = nn.Linear(1024, 50257, bias=False)
         self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, tokens):
         with torch.autocast("cpu", torch.bfloat16):
             x = self.embedding(tokens)
-            return self.head(self.norm(x + self.down(F.silu(self.up(self.norm(x)))))).float()
+            return self.head(self.norm(x + self.scale * self.down(F.silu(self.up(self.norm(x)))))).float()
 
 
 @pytest.mark.slow
@@ -178,12 +179,18 @@ def test_the_language_model_trains():
     state = start(workload, point)
     tokens = torch.randint(50257, (8,))
     before = workload.model.embedding.weight.detach().clone()
-    step(workload, state, point, {"inputs": tokens, "targets": tokens.roll(1)})
-    saved = state["optimizer"].state_dict()["state"]
-    assert [tuple(saved[i]["factors.0.0"].shape) for i in range(4)] == [
-        (49, 1024, 1024), (1, 1024, 1024), (1, 64, 64), (1, 1024, 1024)
-    ]  # fmt: skip
-    assert tuple(saved[0]["factors.1.0"].shape) == (1, 81, 81)
+    step(workload, state, point, {"inputs": tokens, "targets": tokens.roll(1), "weights": None})
+    names = [name for name, _ in workload.model.named_parameters()]
+    saved = dict(zip(names, state["optimizer"].state_dict()["state"].values(), strict=True))
+    factors = {name: tuple(of_parameter["factors.0.0"].shape) for name, of_parameter in saved.items() if name != "scale"}
+    assert factors == {
+        "embedding.weight": (49, 1024, 1024),
+        "norm.weight": (1, 1024, 1024),
+        "up.weight": (1, 64, 64),
+        "down.weight": (1, 1024, 1024),
+    }
+    assert tuple(saved["embedding.weight"]["factors.1.0"].shape) == (1, 81, 81)
+    assert workload.model.scale.item() != 1
     moved = workload.model.embedding.weight.detach() - before
     assert moved.isfinite().all()
     assert (moved != 0).any(dim=1).all()

@@ -63,6 +63,18 @@ def test_a_run_that_diverges_ends_with_training_complete():
     assert torch.equal(workload.model[0].weight, before)
 
 
+def test_steps_are_in_full_precision_where_tf32_is_allowed():
+    workload, point, seen = FakeWorkload(), as_point(), []
+    state = start(workload, point)
+    state["optimizer"].register_step_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        step(workload, state, point, workload.batch())
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_gradients_are_clipped_only_where_the_point_says_so():
     norms = {}
     for clip in (..., 1e-3):
