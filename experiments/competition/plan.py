@@ -60,8 +60,8 @@ trial() {{
   [ -e "$folder/finished" ] && return
   rm -rf "$folder" && torchrun --standalone --nproc_per_node={gpus} submission_runner.py --framework=pytorch --workload="$2" \\
     --submission_path={submission}/submission.py {ruleset} \\
-    --rng_seed="$4" --data_dir="$DATA/$5" --experiment_dir="$EXPERIMENTS/{logs}" --experiment_name="study_$1" \\
-    --save_checkpoints=False --resume_last_run "${{@:6}}" && touch "$folder/finished"
+    --rng_seed="$4" --data_dir="$DATA/$5" --experiment_dir="$EXPERIMENTS/{logs}" \\
+    --experiment_name="study_$1" --save_checkpoints=False --resume_last_run "${{@:6}}" && touch "$folder/finished"
 }}
 """
 EXTERNAL = """--tuning_ruleset=external \\
