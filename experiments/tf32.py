@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.loop import Settings, run_trial
 from runner.ratios import ALL, format_ratio, ratios
 from runner.study import FIRST_SEED, Entry, Run, complete, point_hash, read_table, steps_and_limits
-from runner.workloads import load_workload
+from runner.workloads import load_workload, workload_class
 from shampoo import AdamWShampoo
 from shampoo.preconditioner import Kronecker
 
@@ -294,6 +294,13 @@ def main(_: Any) -> None:
     torch.set_num_threads(1)
     folder = Path(FLAGS.output_dir).expanduser().resolve()
     path, failures = folder / "runs.csv", list[str]()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FLAGS.workloads:
+            workload_class(name)
+        read_table(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     with TemporaryDirectory() as scratch:
         chosen = entries(Path(scratch))
         for entry in chosen:

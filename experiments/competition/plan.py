@@ -177,7 +177,10 @@ def main(_: Any) -> None:
     if FLAGS.output_dir is None:
         sys.exit("error: set --output_dir to write the scripts, or --dry_run to print trials.sh")
     output = Path(FLAGS.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output_dir is {output}, which cannot be made a folder: {error}; choose another")
     for file, text in (("trials.sh", shell_script(name)), ("trials.slurm", slurm_array(name))):
         (output / file).write_text(text)
         print(f"{count} trials: {output / file}")

@@ -5,6 +5,7 @@ best trial of each study of Shampoo and the baseline, with its point, steps, and
 AlgoPerf's logs (mlcommons/submissions_algorithms).
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def page(output: Path) -> str:
 def main(_: Any) -> None:
     """Write and print the page."""
     output = Path(FLAGS.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output_dir is {output}, which cannot be made a folder: {error}; choose another")
     text = page(output)
     (output / "README.md").write_text(text)
     print(text)

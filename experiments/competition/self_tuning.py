@@ -344,9 +344,9 @@ def main(_: Any) -> None:
                 raise ValueError("--workload_targets is missing; pass the leaderboard's scoring/workload_targets.json")
             found = read_published(Path(FLAGS.submission_directory), read_targets(Path(FLAGS.workload_targets)))
             found.to_csv(TABLE, index=False, float_format="%.6g")
-        text = page()
         output = Path(FLAGS.output_dir)
         output.mkdir(parents=True, exist_ok=True)
+        text = page()
         (output / "README.md").write_text(text)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -143,6 +143,17 @@ def test_a_dry_run_prints_the_script_in_short_lines_and_the_steps_of_a_submissio
     assert plan.ENTRIES["self"].submission in steps
 
 
+@pytest.mark.parametrize("module", ["competition.plan", "competition.published", "competition.self_tuning", "tf32"])
+@pytest.mark.slow
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, module):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", f"experiments.{module}", f"--output_dir={tmp_path / 'file'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert str(tmp_path / "file") in result.stderr
+
+
 def test_the_longest_time_is_that_of_all_budgets():
     budgets = BENCHMARKS["2026"]["workloads"].values()
     hours = 3 * sum(workload["max_allowed_runtime_sec"] for workload in budgets) / 3600
