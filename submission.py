@@ -50,18 +50,18 @@ LOGGING_PERIOD = 50  # steps; reading the loss synchronizes with the device
 
 
 class Shampoo(AdamWShampoo):
-    """AdamWShampoo whose `state_dict()` does not fail if the state of other ranks was not gathered.
+    """AdamWShampoo whose `state_dict()` does not wait for other ranks if their state was not gathered.
 
     AlgoPerf calls it on rank 0 alone. `prepare_for_eval` gathers the state, but does not run with --skip_evals.
     """
 
     def state_dict(self) -> dict[str, Any]:
         """Return AdamWShampoo's state dict, or {"not_resumable": reason} if the state of other ranks was not gathered."""
-        try:
+        if self.gathered:
             return super().state_dict()
-        except RuntimeError as error:
-            logging.error(f"this checkpoint cannot be resumed from: {error}")
-            return {"not_resumable": str(error)}
+        reason = "the state of other ranks was not gathered"
+        logging.error(f"this checkpoint cannot be resumed from: {reason}")
+        return {"not_resumable": reason}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load AdamWShampoo's state dict. Raise ValueError if it was saved without the state of other ranks.

@@ -21,8 +21,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one key per parame
 
 
 def gather(model, optimizer, scheduler):
-    """Return what a checkpoint holds, or takes when it is loaded."""
-    optimizer.consolidate_state_dict(to=None)  # on all ranks: gathers the state of the blocks that each owns
+    """Return what a checkpoint holds, or takes when it is loaded. On all ranks: gathers the state of what each owns."""
     weights, state = get_state_dict(model, optimizer, options=FLAT)
     return {"model": weights, "optimizer": state, "scheduler": scheduler.state_dict()}
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import checkpoint, options
 from .copies import checksum, is_sharded
 from .health import Health
-from .ranks import Exchange, agree, find_ranks
+from .ranks import ALONE, Exchange, agree, await_others, find_ranks
 from .rules import check_value, one_of
 from .shards import Shards
 from .shown import Gathered, Shown, State
@@ -30,7 +30,7 @@ class BucketedOptimizer(Optimizer):
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any], settings: dict[str, Any], process_group: Any):
-        self._ranks, self._settings = find_ranks(process_group), settings
+        self._ranks, self._settings = find_ranks(process_group) if settings["shard"] else ALONE, settings
         self._health = Health(settings["max_skipped_steps"])
         self._compared = False  # whether ranks have compared weights
         own = [f"{name} {value}" for name, value in settings.items()]
@@ -110,8 +110,9 @@ class BucketedOptimizer(Optimizer):
         self._show((lambda: checkpoint.pack(checkpoint.zero_shards(buckets, ranks))) if known else None, looked)
 
     @torch.inference_mode(False)
-    def _show(self, gathered: Gathered, looked: bool) -> None:
-        """Show in `state` what `gathered` returns from now on; see `Shown`."""
+    def _show(self, gathered: Gathered, looked: bool, elsewhere: bool = False) -> None:
+        """Show in `state` what `gathered` returns from now on; see `Shown`. `elsewhere`: it is None on this rank alone."""
+        self._elsewhere = elsewhere
         state = self.state = self.state if isinstance(self.state, State) else State(dict, self.state)
         self._shown = Shown(self._buckets, self.param_groups, state, gathered, looked)
         state.look = self._shown.look
@@ -128,7 +129,7 @@ class BucketedOptimizer(Optimizer):
         self._health.count(self._names)
         self._update_buckets()
         if self._ranks.size > 1:
-            if self._shown.gathered:
+            if self._shown.gathered or self._elsewhere:
                 self._show(None, bool(self._shown.own))
             if not self._compared:
                 params = {p: name for p, name in self._names().items() if not is_sharded(p) and not is_lazy(p)}
@@ -136,22 +137,29 @@ class BucketedOptimizer(Optimizer):
                 agree(self._ranks, list, lines, describe=list)
                 self._compared = True
 
+    @property
+    def gathered(self) -> bool:
+        """Whether this rank has the state of all ranks, so that `state_dict()` needs no other rank."""
+        return self._ranks.size == 1 or bool(self._shown.gathered and not self._shown.changed(self.state, self.param_groups))
+
     def state_dict(self) -> dict[str, Any]:
         """Return options and state per parameter, as in torch's optimizers; the module `checkpoint` lists the keys.
 
         Later steps change its tensors, so deepcopy it to keep it. On multiple ranks, the state is what
-        `consolidate_state_dict()` gathered, on the CPU, or zeros before the first step. Raises RuntimeError on a rank without
-        gathered state.
+        `consolidate_state_dict()` gathered, on the CPU, or zeros before the first step. Otherwise (see `gathered`) this is a
+        collective that gathers on all ranks. Raises RuntimeError on the group's rank 0 if others do not call it within a
+        minute, and on a rank without state if it was gathered on another one.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         if self._ranks.size == 1:
             self._update_buckets()
-        gathered = self._shown.gathered
-        if gathered is None or self._shown.changed(self.state, self.param_groups):
-            call = "call consolidate_state_dict() on all ranks; for torch.distributed.checkpoint with to=None, also to load"
-            raise RuntimeError(f"rank {self._ranks.rank} of {self._ranks.size} holds only its own part of the state: {call}")
-        packed = checkpoint.pack_state_dict(self.param_groups, gathered(), dict(dict.items(self.state)))
+        if self._elsewhere:
+            raise RuntimeError("the state was gathered on another rank: call consolidate_state_dict(to=None) on all ranks")
+        if not self.gathered:
+            await_others(self._ranks)
+            self.consolidate_state_dict(to=None)
+        packed = checkpoint.pack_state_dict(self.param_groups, self._shown.live(), dict(dict.items(self.state)))
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
@@ -170,7 +178,8 @@ class BucketedOptimizer(Optimizer):
         agree(self._ranks, check_value, "to", to, one_of(None, *range(self._ranks.size)), describe=lambda _: own)
         if self._ranks.size > 1:
             entries = checkpoint.pack(checkpoint.collect(self._buckets, self._ranks, to))
-            self._show((lambda: entries) if to in (None, self._ranks.rank) else None, bool(self._shown.own))
+            here = to in (None, self._ranks.rank)
+            self._show((lambda: entries) if here else None, bool(self._shown.own), elsewhere=not here)
 
     def consolidate(self, to: int | None = 0) -> None:
         """Call `consolidate_state_dict`. Deprecated: this is its former name."""

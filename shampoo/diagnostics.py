@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .copies import full_gradient, full_tensor
-from .optimizer import AdamWShampoo
 from .options import parameter_name
 from .state import Bucket
 from .update import bias_correction, factor_steps
@@ -29,13 +28,18 @@ Figures = dict[str, float]
 Metrics = dict[str, Figures]  # by name of a parameter
 
 
-def weights(optimizer: AdamWShampoo) -> list[Tensor]:
+def unwrap(optimizer: Any) -> Any:
+    """Return the optimizer in wrappers that have it as `optimizer`, as those of accelerate and Lightning do."""
+    return unwrap(optimizer.optimizer) if hasattr(optimizer, "optimizer") else optimizer
+
+
+def weights(optimizer: Any) -> list[Tensor]:
     """Return a copy of each parameter, in the order of the optimizer's groups."""
-    return [p.detach().clone() for p in optimizer._names()]
+    return [p.detach().clone() for p in unwrap(optimizer)._names()]
 
 
 @torch.no_grad()
-def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None) -> Metrics:
+def diagnostics(optimizer: Any, before: Sequence[Tensor] | None = None) -> Metrics:
     """Return metrics of the last step for each parameter, by name, or by "parameter I of shape ..." with its index among all.
 
     These are `gradient_figures` if it has a gradient, `weight_figures`, and `factor_figures` if it has factors. The key
@@ -45,7 +49,10 @@ def diagnostics(optimizer: AdamWShampoo, before: Sequence[Tensor] | None = None)
     `before` is `weights(optimizer)` from before the step; without it, update metrics are left out. Raises ValueError if its
     shapes are not those of the parameters. On multiple ranks, each rank reports the parameters of which it owns a block, with
     factor metrics of its own blocks only. DTensors are gathered: with them, all ranks must call this.
+
+    `optimizer` is an AdamWShampoo or a wrapper; see `unwrap`.
     """
+    optimizer = unwrap(optimizer)
     params = list(optimizer._names())
     if before is not None and [W.shape for W in before] != [p.shape for p in params]:
         found, needed = [tuple(W.shape) for W in before], f"the optimizer's {len(params)} parameters from before the step"
@@ -171,7 +178,7 @@ def basis_fits(A: Tensor, Q: Tensor, tolerance: float) -> bool:
     return bool(Q.any() and norm(B - B.diag().diag()) <= tolerance * norm(B))
 
 
-def log_diagnostics(optimizer: AdamWShampoo, writer: Any, global_step: int, before: Sequence[Tensor] | None = None) -> Metrics:
+def log_diagnostics(optimizer: Any, writer: Any, global_step: int, before: Sequence[Tensor] | None = None) -> Metrics:
     """Write `diagnostics` to a `torch.utils.tensorboard.SummaryWriter`, and return them.
 
     Each finite value is a scalar METRIC/PARAMETER. The log10 of a metric's positive finite values over all parameters is a

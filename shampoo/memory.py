@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .checkpoint import pieces
 from .optimizer import AdamWShampoo
-from .ranks import ALONE
 
 
 class StateBytes(NamedTuple):
@@ -26,7 +25,7 @@ def state_bytes(model: nn.Module, **options: Any) -> StateBytes:
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     params: dict[Tensor, str] = {torch.empty_like(p, device="meta", requires_grad=True): name for name, p in named.items()}
-    optimizer, found = AdamWShampoo(list(params), **{**options, "process_group": ALONE}), dict.fromkeys(named, 0)
+    optimizer, found = AdamWShampoo(list(params), **{**options, "shard": False}), dict.fromkeys(named, 0)
     for bucket in optimizer._buckets:
         for _, _, view, X in pieces(bucket):
             found[params[bucket.params[view.param]]] += X.nbytes

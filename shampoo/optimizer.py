@@ -9,7 +9,7 @@ from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 
 from .bucketed import BucketedOptimizer
 from .copies import Flat, Inputs, attempt, flat_views, move
-from .options import OPTIONS, CovarianceName, ExponentsOption, GraftingName, PreconditionerName, SolverName, plain
+from .options import OPTIONS, SETTINGS, CovarianceName, ExponentsOption, GraftingName, PreconditionerName, SolverName, plain
 from .roots import QR_TOLERANCE
 from .step import compute_directions
 
@@ -22,7 +22,7 @@ class AdamWShampoo(BucketedOptimizer):
     `update` has the formulas.
 
     Args:
-        params: tensors, named tensors (torch >= 2.6), or group dicts; all options but the last four may differ per group.
+        params: tensors, named tensors (torch >= 2.6), or group dicts; all options but the last five may differ per group.
             Weights of any floating dtype, DTensors too; state is float32 (float64 for float64 weights).
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the gradient's average (theta in the paper) and of the factors (beta); betas[1] = 1: plain sums.
@@ -73,6 +73,8 @@ class AdamWShampoo(BucketedOptimizer):
         max_skipped_steps: raise FloatingPointError on this many consecutive non-finite steps.
         process_group: the ranks that share the blocks, a ProcessGroup or a one-dimensional DeviceMesh; None: the default group
             if torch.distributed is initialized, otherwise this process alone.
+        shard: if False, ranks do not share blocks: each has the entire state and computes all directions, without an exchange.
+            Weights stay equal on all ranks as far as gradients do.
 
     Options may be changed in `param_groups` between steps, on all ranks alike. Only those that decide which state there is
     (block_size, exponents, solver, ...), or that "soap" restricts, are then checked: the next step keeps the state that fits,
@@ -136,9 +138,10 @@ class AdamWShampoo(BucketedOptimizer):
         gather_mb: int = 256,
         max_skipped_steps: int = 100,
         process_group: Any = None,
+        shard: bool = True,
     ):
         defaults = {name: plain(value) for name, value in locals().items() if name in OPTIONS}
-        settings = {"exchange_dtype": exchange_dtype, "gather_mb": gather_mb, "max_skipped_steps": max_skipped_steps}
+        settings = {name: value for name, value in locals().items() if name in SETTINGS}
         super().__init__(params, defaults, settings, process_group)
 
     @property

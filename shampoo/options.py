@@ -73,6 +73,7 @@ SETTINGS = {  # options of the optimizer as a whole, and their rules
     "exchange_dtype": one_of(None, torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "gather_mb": integer(1),
     "max_skipped_steps": integer(1),
+    "shard": BOOL,
 }
 
 

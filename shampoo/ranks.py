@@ -5,6 +5,7 @@ applies them to its weights; `shards` has another way for DTensors. `assignment`
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from itertools import compress, zip_longest
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Ranks(NamedTuple):
 
 
 ALONE = Ranks(None, 0, 1)
+PATIENCE = timedelta(seconds=60)
 
 
 def find_ranks(process_group: Any) -> Ranks:
@@ -37,8 +39,6 @@ def find_ranks(process_group: Any) -> Ranks:
 
     Raises ValueError for a group that this process is not in, or any other value; RuntimeError for a mesh of more dimensions.
     """
-    if isinstance(process_group, Ranks):
-        return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE
@@ -76,6 +76,23 @@ def clamp_half(X: Tensor) -> Tensor:
     """Clamp X in place to the range of float16, if that is its dtype, since directions may exceed 65,504. Return X."""
     limits = torch.finfo(torch.float16)
     return X.clamp_(limits.min, limits.max) if X.dtype == torch.float16 else X
+
+
+def await_others(ranks: Ranks) -> None:
+    """Wait on rank 0 until the other ranks are here, before a collective that some programs enter on rank 0 alone.
+
+    Raises RuntimeError there if they do not come within PATIENCE.
+    """
+    store, keys = dist.distributed_c10d._get_process_group_store(ranks.group), [f"shampoo/{r}" for r in range(ranks.size)]
+    if ranks.rank:
+        store.set(keys[ranks.rank], "here")
+        return
+    _, error = attempt(store.wait, keys[1:], PATIENCE)
+    if error is not None:
+        gather = "to gather the state, call it on all ranks, or consolidate_state_dict() on all ranks before"
+        raise RuntimeError(f"rank 0 waited for {PATIENCE} in state_dict() for the other ranks: {gather}") from error
+    for key in keys[1:]:
+        store.delete_key(key)
 
 
 class Exchange:

@@ -65,11 +65,11 @@ class Shown:
 
     def __init__(self, buckets: Sequence[Bucket], groups: Any, state: dict[Any, Any], gathered: Gathered, looked: bool):
         self._buckets, self.gathered = buckets, gathered
-        self._live: Callable[[], Entries] = gathered or (lambda: counts(buckets))
+        self.live: Callable[[], Entries] = gathered or (lambda: counts(buckets))
         # What is shown of each parameter, and its `data_ptr`; empty until a user looks
         self.own: dict[Tensor, dict[str, tuple[Tensor, int]]] = {}
         self._entries: Entries = {}
-        live = self._live() if looked else {}
+        live = self.live() if looked else {}
         for bucket in buckets:
             for p in bucket.params:
                 entry = dict.get(state, p)
@@ -86,7 +86,7 @@ class Shown:
     def look(self) -> None:
         """Show the live state from now on."""
         if not self.own:
-            self.show(self._live())
+            self.show(self.live())
 
     def show(self, live: Entries) -> None:
         """Put what is not shown yet into the entries, except where a user set another value or cleared the entry."""

@@ -1,33 +1,11 @@
 """The example of FSDP2 learns, and a run that goes on from a checkpoint ends with the same bits as one without interruption."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(folder, steps):
-    """Run the example in two processes. Return what it prints."""
-    pytest.importorskip("sklearn")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "examples/fsdp2.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(
-        [*command, str(folder), f"--steps={steps}", "--every=6"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+from example_runs import run
 
 
 def content(folder):
@@ -43,10 +21,10 @@ def content(folder):
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="FSDP2 on CPUs needs torch 2.6")
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert "steps 1 to 12," in run(straight, steps=12)
+    assert "steps 1 to 12," in run("fsdp2", straight, "--steps=12", "--every=6", processes=2)
     shutil.copytree(straight / "6", resumed / "6")
     (resumed / "12").mkdir()  # as a run leaves it that ends while it saves
-    output = run(resumed, steps=12)
+    output = run("fsdp2", resumed, "--steps=12", "--every=6", processes=2)
     assert "steps 7 to 12," in output
     assert float(re.search(r"accuracy (.*)", output).group(1)) > 0.3  # chance: 0.1
     expected, found = content(straight / "12"), content(resumed / "12")

@@ -41,6 +41,15 @@ def weights_after(rank, size, steps=50, **options):
     return full_weights(model)
 
 
+def unshared(rank, size, steps=50):
+    """Return `weights_after` with all state on every rank, and the number of state elements in a state_dict of this rank."""
+    model = build()
+    optimizer = AdamWShampoo(groups_of(model), **COMMON, shard=False)
+    train(model, optimizer, range(steps))
+    entries = optimizer.state_dict()["state"].values() if rank == size - 1 else []
+    return full_weights(model), sum(x.numel() for entry in entries for key, x in entry.items() if key != "step")
+
+
 def single_process(steps=50, **options):
     """Return `weights_after` of a run in this process only."""
     assert not dist.is_initialized()
@@ -120,7 +129,7 @@ def different_later(rank, size):
     return errors
 
 
-def fully_sharded(rank, size, sizes):
+def fully_sharded(rank, size, sizes, shard=True):
     """Train layers of these sizes under FSDP2. Return the weights and this rank's number of state elements."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -131,7 +140,7 @@ def fully_sharded(rank, size, sizes):
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1)
+    optimizer = AdamWShampoo(model.parameters(), **COMMON, weight_decay=0.1, shard=shard)
     train_layers(model, optimizer)
     return full_weights(model), state_size(optimizer)
 

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import warnings
+from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,20 +46,43 @@ def checkpointed(rank, size, path, first, last, dtype=torch.float32, **options):
     return full_weights(model), scheduler.get_last_lr()
 
 
-def unconsolidated(rank, size):
-    """Return the errors of state_dict() without consolidate_state_dict(), after it, and after one more step."""
-    model = build()
+def state_dicts(rank, size):
+    """Return state_dict() of all ranks after one step, and after two, each without and with `consolidate_state_dict`."""
+    model, found = build(), []
     optimizer = AdamWShampoo(model.parameters(), **COMMON)
-    errors = []
+    for t in range(2):
+        train(model, optimizer, [t])
+        found.append(copy.deepcopy(optimizer.state_dict()))
+        optimizer.consolidate_state_dict(to=None)
+        found.append(copy.deepcopy(optimizer.state_dict()))
+    return found
+
+
+def error_of(call):
+    """Return the text of the error that a call raises, or None."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def state_dict_on_rank_0_alone(rank, size):
+    """Return the error of state_dict() on rank 0 alone, and that on all ranks then, after gathering there, and a step later."""
+    model, found = build(), []
+    optimizer = AdamWShampoo(model.parameters(), **COMMON)
     train(model, optimizer, [0])
-    for prepare in (lambda: None, optimizer.consolidate_state_dict, lambda: train(model, optimizer, [0])):
-        prepare()
-        try:
-            optimizer.state_dict()
-            errors.append("")
-        except RuntimeError as error:
-            errors.append(str(error))
-    return errors
+    if rank == 0:
+        with mock.patch("shampoo.ranks.PATIENCE", timedelta(seconds=1)):
+            found.append(error_of(optimizer.state_dict))
+    dist.barrier()
+    found.append(error_of(optimizer.state_dict))
+    train(model, optimizer, [1])
+    optimizer.consolidate_state_dict()
+    found.append(error_of(optimizer.state_dict))
+    train(model, optimizer, [2])
+    found.append(error_of(optimizer.state_dict))
+    return found
 
 
 def distributed_checkpoint(rank, size, path, first, last):
@@ -96,7 +121,7 @@ def refused_group(rank, size):
 
 
 def checkpoint_with_a_frozen_parameter(rank, size, path, first, last, flat):
-    """Do what `distributed_checkpoint` does with a frozen embedding, and if `flat` as torchtitan does, flattened."""
+    """Do what `distributed_checkpoint` does with a frozen embedding, without gathering first; if `flat`, as torchtitan does."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as sd
 
@@ -106,8 +131,6 @@ def checkpoint_with_a_frozen_parameter(rank, size, path, first, last, flat):
     options = sd.StateDictOptions(flatten_optimizer_state_dict=flat)
 
     def gather():
-        if size > 1:
-            optimizer.consolidate_state_dict(to=None)
         found = sd.get_optimizer_state_dict(model, optimizer, options=options)
         return {"model": sd.get_model_state_dict(model), "optimizer": found}
 
@@ -243,22 +266,16 @@ def staggered_resume(rank, size, path, first, last, **options):
 
 
 def group_added_after_consolidation(rank, size):
-    """Add a group to a consolidated state. Return the error of state_dict(), and the state after one more consolidation."""
+    """Add a group to a consolidated state. Return the shapes in the state_dict."""
     p, q = parameters((9, 7), (8, 8))
     optimizer = AdamWShampoo([p], **COMMON)
     first_error(optimizer, [p], 3)
     optimizer.consolidate_state_dict(to=None)
     optimizer.add_param_group({"params": [q]})
-    error = None
-    try:
-        optimizer.state_dict()
-    except RuntimeError as found:
-        error = str(found)
-    optimizer.consolidate_state_dict(to=None)
     saved = optimizer.state_dict()
     optimizer.load_state_dict(saved)
     first_error(optimizer, [p, q], 2)
-    return error, {i: {key: tuple(x.shape) for key, x in entry.items()} for i, entry in saved["state"].items()}
+    return {i: {key: tuple(x.shape) for key, x in entry.items()} for i, entry in saved["state"].items()}
 
 
 def pickled_alone(rank, size):
@@ -289,17 +306,13 @@ def state_before_the_first_step(rank, size):
 
 
 def state_after_a_load(rank, size):
-    """Load a trained state before the first step. Return the error of state_dict(), which now needs to be gathered."""
+    """Load a trained state before the first step. Return it, and the state_dict of the optimizer that loaded it."""
     params = parameters((9, 7), (4,))
     trained, fresh = AdamWShampoo(params, **COMMON), AdamWShampoo(params, **COMMON)
     first_error(trained, params, 3)
     trained.consolidate_state_dict(to=None)
     fresh.load_state_dict(trained.state_dict())
-    try:
-        fresh.state_dict()
-    except RuntimeError as error:
-        return str(error)
-    return None
+    return trained.state_dict(), fresh.state_dict()
 
 
 def former_name(rank, size):
@@ -354,23 +367,13 @@ def group_that_one_rank_cannot_add(rank, size):
 
 
 def option_changed_after_consolidation(rank, size):
-    """Change the block size of a consolidated state. Return the error of state_dict(), and that of the next consolidation."""
+    """Change the block size of a consolidated state. Return the error of state_dict()."""
     params = parameters((9, 7))
     optimizer = AdamWShampoo(params, **COMMON)
     first_error(optimizer, params, 3)
     optimizer.consolidate_state_dict(to=None)
     optimizer.param_groups[0]["block_size"] = 5
-    error = None
-    try:
-        optimizer.state_dict()
-    except RuntimeError as found:
-        error = str(found)
-    try:
-        optimizer.consolidate_state_dict(to=None)
-        optimizer.load_state_dict(optimizer.state_dict())
-    except (ValueError, RuntimeError) as refused:  # on all ranks, its own or another's
-        return error, str(refused)
-    return error, None
+    return error_of(optimizer.state_dict)
 
 
 def state_set_before_the_first_step(rank, size):

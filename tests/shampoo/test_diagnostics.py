@@ -2,6 +2,7 @@
 
 import logging
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,3 +330,13 @@ def test_tensorboard_gets_scalars_and_histograms(tmp_path):
     logs = [np.log10(found[name]["gradient_norm"]) for name in ("weight", "bias")]
     histogram = events.Histograms("log10_over_parameters/gradient_norm")[-1].histogram_value
     assert (histogram.num, histogram.sum) == (2, pytest.approx(sum(logs)))
+
+
+def test_a_wrapped_optimizer_is_unwrapped():
+    params, optimizer = make((6, 5))
+    wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    set_gradients(params, seed=1)
+    before = weights(wrapped)
+    optimizer.step()
+    assert diagnostics(wrapped, before) == diagnostics(optimizer, before)
+    assert "update_norm" in diagnostics(wrapped, before)["parameter 0 of shape (6, 5)"]

@@ -289,7 +289,7 @@ def test_a_bad_option_is_named_with_its_value(name, value):
     ("name", "value"),
     [
         *(("exchange_dtype", torch.int8), ("exchange_dtype", "bf16"), ("gather_mb", 0), ("gather_mb", 1.5)),
-        *(("process_group", [0, 1]), ("process_group", "gloo")),
+        *(("process_group", [0, 1]), ("process_group", "gloo"), ("shard", 0)),
     ],
 )
 def test_a_bad_distributed_option_is_named_with_its_value(name, value):

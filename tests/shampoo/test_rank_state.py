@@ -45,11 +45,29 @@ def test_a_checkpoint_of_two_ranks_resumes_on_four_and_on_one(pools, tmp_path, d
     assert {x.dtype for of_parameter in state.values() for x in of_parameter.values()} == {torch.float32}
 
 
-def test_a_state_dict_needs_consolidate(pools):
-    first, second = pools(2).run(rank_state_checks.unconsolidated)
-    assert first[1] == ""
-    for text in (first[0], first[2], *second):
-        assert "call consolidate_state_dict() on all ranks" in text
+@pytest.mark.parametrize("shards", [(True, False, True), (False, True, False)], ids=["sharded first", "sharded second"])
+def test_checkpoints_with_and_without_shard_are_interchangeable(pools, tmp_path, shards):
+    uninterrupted, _ = rank_state_checks.checkpointed(0, 1, tmp_path, 0, 45)
+    for shard, first in zip(shards, (0, 15, 30)):
+        weights = pools(2).run(rank_state_checks.checkpointed, path=str(tmp_path), first=first, last=first + 15, shard=shard)
+    assert all(map(torch.equal, weights[0][0], weights[1][0]))
+    assert largest_difference(weights[0][0], uninterrupted) <= 1e-6
+
+
+def test_a_state_dict_on_all_ranks_gathers(pools):
+    for found in (of_ranks := pools(2).run(rank_state_checks.state_dicts)):
+        assert identical(found, of_ranks[0])
+        assert identical(found[0], found[1])
+        assert identical(found[2], found[3])
+        assert not identical(found[0], found[2])
+
+
+def test_a_state_dict_on_rank_0_alone_is_an_error_not_a_hang(pools):
+    (alone, *first), second = pools(2).run(rank_state_checks.state_dict_on_rank_0_alone)
+    assert "in state_dict() for the other ranks: to gather the state, call it on all ranks" in alone
+    assert first == [None, None, None]
+    lacks = "the state was gathered on another rank: call consolidate_state_dict(to=None) on all ranks"
+    assert [error and lacks in error for error in second] == [None, True, None]
 
 
 @pytest.mark.slow
@@ -120,8 +138,7 @@ def test_weights_move_at_every_step_after_a_staggered_resume_on_another_number_o
 
 def test_a_consolidated_state_is_not_given_out_once_a_group_is_added(pools):
     expected = {"step", "exp_avg", "exp_avg_sq", "factors.0.0", "inv_roots.0.0"}
-    for error, state in pools(2).run(rank_state_checks.group_added_after_consolidation):
-        assert "call consolidate_state_dict() on all ranks" in error
+    for state in pools(2).run(rank_state_checks.group_added_after_consolidation):
         assert all(expected <= set(entry) for entry in state.values())
         assert [entry["exp_avg"] for entry in state.values()] == [(9, 7), (8, 8)]
 
@@ -142,9 +159,10 @@ def test_before_the_first_step_a_state_dict_needs_no_other_rank_is_all_zero_and_
         assert all(map(torch.equal, without, weights))
 
 
-def test_after_a_load_a_state_dict_needs_to_be_consolidated(pools):
-    for error in pools(2).run(rank_state_checks.state_after_a_load):
-        assert "call consolidate_state_dict() on all ranks" in error
+def test_a_state_that_was_loaded_is_gathered_again(pools):
+    for saved, loaded in pools(2).run(rank_state_checks.state_after_a_load):
+        assert saved["state"][0]["step"] == 3
+        assert identical(saved, loaded)
 
 
 def test_consolidate_is_a_deprecated_name(pools):
@@ -174,9 +192,8 @@ def test_a_group_that_is_an_error_on_one_rank_is_added_on_none(pools):
 
 
 def test_a_consolidated_state_is_not_given_out_once_an_option_changes_what_it_holds(pools):
-    for error, refused in pools(2).run(rank_state_checks.option_changed_after_consolidation):
-        assert "call consolidate_state_dict() on all ranks" in error
-        assert refused is None or "parameter 0 of shape (9, 7)" in refused
+    for error in pools(2).run(rank_state_checks.option_changed_after_consolidation):
+        assert "parameter 0 of shape (9, 7)" in error
 
 
 def test_a_moment_that_is_set_before_the_first_step_is_kept(pools):

@@ -32,6 +32,15 @@ def test_all_ranks_have_the_weights_of_a_single_process(pools, size, options):
     assert largest_difference(weights[0], single_process(**options)) <= 1e-6
 
 
+def test_without_shard_each_rank_is_a_single_process(pools):
+    """Bit for bit, with all state on every rank, so that a state_dict needs no other one."""
+    (single, elements), of_ranks = rank_checks.unshared(0, 1), pools(2).run(rank_checks.unshared)
+    for weights, _ in of_ranks:
+        assert all(map(torch.equal, weights, single))
+    assert largest_difference(single, pools(2).run(rank_checks.weights_after)[0]) <= 1e-6
+    assert [found for _, found in of_ranks] == [0, elements]
+
+
 @pytest.mark.parametrize("size", [2, FOUR])
 def test_each_rank_reports_what_it_owns(pools, size):
     check_reports(pools(size), sharded=False)
@@ -120,6 +129,18 @@ def test_fully_sharded_weights_equal_those_of_a_single_process(pools, size, size
     assert sum(own for _, own in results) == elements
     if sizes[0] > 5:
         assert max(own for _, own in results) < 1.5 * elements / size
+
+
+@needs_fsdp2
+def test_fully_sharded_weights_can_be_updated_without_an_exchange(pools):
+    results, (weights, elements) = (
+        pools(2).run(rank_checks.fully_sharded, sizes=(24, 40, 7), shard=False),
+        rank_checks.train_unsharded((24, 40, 7)),
+    )
+    for result, own in results:
+        assert all(map(torch.equal, result, results[0][0]))
+        assert own == elements
+    assert largest_difference(results[0][0], weights) <= 1e-6
 
 
 @pytest.mark.slow
