@@ -1,7 +1,10 @@
-"""How the runner's commands end when they are interrupted."""
+"""How the runner's commands, and the processes that they start, end when they are interrupted."""
 
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,3 +19,16 @@ def run(main: Callable[[list[str]], Any]) -> None:
         app.run(main)
     except KeyboardInterrupt:
         sys.exit("error: interrupted; repeat the command to go on")
+
+
+def end_with_parent() -> None:
+    """End this process, without a message, at Ctrl-C and when its parent ends, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -23,10 +23,8 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from io import StringIO
@@ -38,6 +36,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .command import end_with_parent
 from .files import create, locked, read_text, replacing
 from .logs import cpu_name, ended
 from .loop import Settings, run_trial
@@ -256,19 +255,6 @@ def finished(table: pd.DataFrame) -> set[Run]:
 def workers(count: int) -> ProcessPoolExecutor:
     """Return a pool of new processes."""
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=end_with_parent)
-
-
-def end_with_parent() -> None:
-    """End this process, without a message, at Ctrl-C and when its parent ends, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def complete(path: Path, entry: Entry, runs: Sequence[Run], max_workers: int, to_target: bool = True) -> list[str]:

@@ -222,7 +222,7 @@ SUITE = [
         for name in ("a|b", "a`b", "<script>", "[a](b)", "\x1b[2J", "a*b", "&lt;")
     ),
     ({"s.json": "[]"}, [f"--submissions={NADAMW}:{{}}/s.json"], "s.json must hold a list of points"),
-    ({"s.json": space()}, [f"--submissions={NADAMW}:{{}}/s.json"], "s.json has 1 points; it must have at least 5"),
+    ({"s.json": space()}, [f"--submissions={NADAMW}:{{}}/s.json"], "s.json has 1 points for 5 trials; ask for fewer"),
 ]
 
 
