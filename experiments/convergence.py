@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from runner.files import replacing
 from shampoo import AdamWShampoo
 
 matplotlib.use("Agg")
@@ -183,9 +184,8 @@ def measure(
         for i, (column, value) in enumerate(zip(CELL, cell, strict=True)):
             rows.insert(i, column, value)
         table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-        partial = path.with_suffix(".tmp")  # so that an interruption leaves no incomplete cell
-        table.to_csv(partial, index=False, float_format="%.7g")
-        partial.replace(path)
+        with replacing(path) as partial:
+            table.to_csv(partial, index=False, float_format="%.7g")
     return table
 
 

@@ -6,8 +6,14 @@ those names in this folder. Its name in version 0.5, `algorithmic_efficiency`, t
 """
 
 import importlib
+import re
+import signal
 import sys
 from types import ModuleType
+
+starting = sys.argv[0] == "-m" and re.search(rf" -m ?{__name__}\b", " ".join(sys.orig_argv))
+if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: until `command.run`, Ctrl-C prints no traceback
 
 try:
     importlib.import_module("algoperf.spec")

@@ -1,25 +1,26 @@
 """`python -m runner`: run a submission on a workload, with the flags of AlgoPerf's submission runner."""
 
-import collections
-import json
-import os
 import sys
 import traceback
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from . import ALGOPERF, distributed
+from .command import run
 from .data import DataError
-from .logs import MetricLogger, experiment_folder, write_json
+from .files import create, locked, replacing
+from .logs import MetricLogger, experiment_folder, make_folder
 from .loop import Settings, run_trial
-from .report import Trials, first_reaching_target, format_target, plot_trials, read_trials, trial_table
+from .report import first_reaching_target, format_target, plot_trials, read_trials, trial_table
+from .resume import check_trial, prepare_trial
 from .search_space import load_space, read_points
-from .submissions import check_point, known_batch_size, load_submission
+from .submissions import check_point, describe, known_batch_size, load_submission
 from .workloads import WORKLOADS, load_workload, short_name
 from .workloads.base import LaptopWorkload
 
@@ -103,20 +104,6 @@ def read_space() -> list[Any]:
     return points
 
 
-def trial_seed(folder: Path) -> int:
-    """Return the seed of a trial: the one it was started with if it is resumed, else --rng_seed, else a random one.
-
-    Raise ValueError if --rng_seed differs from the seed of a trial to resume.
-    """
-    earlier = folder / "meta_data_0.json"
-    if not earlier.exists():
-        return int.from_bytes(os.urandom(3)) if FLAGS.rng_seed is None else FLAGS.rng_seed
-    seed: int = json.loads(earlier.read_text())["rng_seed"]
-    if FLAGS.rng_seed not in (None, seed):
-        raise ValueError(f"{folder} was begun with --rng_seed={seed}, not {FLAGS.rng_seed}; omit the flag to resume")
-    return seed
-
-
 class Progress:
     """A progress line with step, loss, metric, and an upper bound on the time left. Without a terminal, print one line per
     evaluation instead.
@@ -159,23 +146,23 @@ def check_points(workload: LaptopWorkload, submission: ModuleType, points: list[
         check_point(workload, submission, point, where)
 
 
-def check_resumable(trials: list[Path]) -> None:
-    """Raise ValueError if a trial has another seed, or has evaluations but no checkpoint: its files would mix two runs."""
-    for trial in trials:
-        trial_seed(trial)
-        if (trial / "eval_measurements.csv").exists() and not any(trial.glob("checkpoint_*")):
-            raise ValueError(
-                f"{trial} has evaluations but no checkpoint to resume from; pass --overwrite or another --experiment_name"
-            )
-
-
-def prepare_folder(points: list[Any]) -> Path:
-    """Return the folder of the run; create it if needed. Raise like `experiment_folder` and `check_resumable`."""
-    folder = experiment_folder(
-        FLAGS.experiment_dir, FLAGS.experiment_name, short_name(FLAGS.workload), FLAGS.resume_last_run, FLAGS.overwrite
-    )
-    check_resumable([folder / f"trial_{i}" for i, _ in select_points(points)])
+def prepare_folder(points: list[Any], locks: ExitStack) -> Path:
+    """Return the folder of the run; create it if needed, and lock it. Raise ValueError or OSError if it cannot be used."""
+    if FLAGS.resume_last_run and FLAGS.overwrite:
+        raise ValueError("--resume_last_run and --overwrite exclude each other; pass one to resume the run or to replace it")
+    folder = experiment_folder(FLAGS.experiment_dir, FLAGS.experiment_name, short_name(FLAGS.workload), FLAGS.overwrite)
+    create(folder.parent)
+    locks.enter_context(locked(folder))
+    if FLAGS.resume_last_run:
+        for i, point in select_points(points):
+            check_trial(folder / f"trial_{i}", as_dict(point), FLAGS.rng_seed)
+    make_folder(folder, FLAGS.resume_last_run, FLAGS.overwrite)
     return folder
+
+
+def as_dict(point: Any) -> dict[str, Any]:
+    """Return a point as it is in hparams.json."""
+    return {} if point is None else point._asdict()
 
 
 def select_points(points: list[Any]) -> list[tuple[int, Any]]:
@@ -183,21 +170,11 @@ def select_points(points: list[Any]) -> list[tuple[int, Any]]:
     return list(islice(enumerate(points, start=1), FLAGS.hparam_start_index, FLAGS.hparam_end_index))
 
 
-def prepare_trial(trial: Path, point: Any) -> tuple[dict[str, Any], int]:
-    """Create the folder of a trial; return its hyperparameters and seed. A trial to resume keeps those it was started with."""
-    trial.mkdir(exist_ok=True)
-    saved = trial / "hparams.json"
-    values = json.loads(saved.read_text()) if saved.exists() else {} if point is None else point._asdict()
-    write_json(saved, values)
-    (trial / "error.txt").unlink(missing_ok=True)
-    return values, trial_seed(trial)
+def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], batch_size: int, folder: Path) -> list[str]:
+    """Run the selected points one after another. Return what went wrong.
 
-
-def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[Any], batch_size: int, folder: Path) -> int:
-    """Run the selected points one after another; return how many failed. A trial that fails writes its error to error.txt, and
-    the next one starts.
+    If a trial fails, its error goes to error.txt, and the next one starts. Ctrl-C ends the run.
     """
-    failed = 0
     settings = Settings(
         batch_size=batch_size,
         max_global_steps=FLAGS.max_global_steps,
@@ -207,31 +184,49 @@ def run_trials(workload: LaptopWorkload, submission: ModuleType, points: list[An
         torch_compile=FLAGS.torch_compile,
         flags=FLAGS.flag_values_dict(),
     )
-    for i, point in select_points(points):
+    selected, failed, problems = select_points(points), [], []
+    for i, point in selected:
         trial = folder / f"trial_{i}"
-        values, seed = distributed.broadcast(prepare_trial(trial, point) if distributed.rank() == 0 else None)
-        if point is not None:
-            point = collections.namedtuple("Hyperparameters", values)(**values)
         progress = Progress(f"trial {i}/{len(points)}", workload)
         try:
-            run_trial(workload, submission, point, seed, trial, settings, progress)
+            prepared = prepare_trial(trial, as_dict(point), FLAGS.rng_seed) if distributed.rank() == 0 else None
+            seed = distributed.broadcast(prepared)
+            if seed is not None:
+                run_trial(workload, submission, point, seed, trial, settings, progress)
         except KeyboardInterrupt:
-            print_rank_0(f"interrupted in trial {i}; pass --resume_last_run to resume it from its last evaluation")
+            problems.append(f"interrupted in trial {i}; pass --resume_last_run to go on from its last checkpoint")
             break
-        except Exception as error:
-            failed += 1
-            (trial / "error.txt").write_text(traceback.format_exc())
-            message = " ".join(traceback.format_exception_only(error)[-1].split())
-            print_rank_0(f"trial {i} failed: {message}; see {trial / 'error.txt'}")
+        except (Exception, SystemExit) as error:
+            failed.append(trial.name)
+            print_rank_0(f"trial {i} failed: {describe(error)}; see {write_error(trial)}")
             if distributed.world_size() > 1:
                 raise  # other ranks may be waiting for this one; torchrun then stops them
         finally:
             progress.close()
-    return failed
+    if failed:
+        problems.append(f"{len(failed)} of {len(selected)} trials failed: {', '.join(failed)}")
+    return problems
 
 
-def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
-    """Print the table of trials, plot their validation metric, and print where to find the files."""
+def write_error(trial: Path) -> str:
+    """Write the traceback of the current exception to error.txt in the trial's folder, and return its path. If the disk is
+    full, print the traceback, and return "above".
+    """
+    text = traceback.format_exc()
+    try:
+        with replacing(trial / "error.txt") as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError:
+        print(text, file=sys.stderr)
+        return "above"
+    return str(trial / "error.txt")
+
+
+def summarize(workload: LaptopWorkload, folder: Path) -> list[str]:
+    """Print the table of trials, plot their validation metric, and print where to find the files. Return what went wrong."""
+    trials, problems = read_trials(folder, f"validation/{workload.target_metric_name}")
+    if not trials:
+        return [*problems, "no trial was evaluated"]
     failed = sum(1 for _ in folder.glob("trial_*/error.txt"))
     hits = sum(first_reaching_target(workload, evaluations) is not None for _, evaluations, _ in trials.values())
     print_rank_0(f"\n{trial_table(workload, trials).to_string()}\n")
@@ -240,44 +235,52 @@ def summarize(workload: LaptopWorkload, folder: Path, trials: Trials) -> None:
         + (f"; {failed} failed" if failed else "")
     )
     picture = folder / "validation.png"
-    plot_trials(workload, short_name(FLAGS.workload), trials, picture)
+    try:
+        plot_trials(workload, short_name(FLAGS.workload), trials, picture)
+    except OSError as error:
+        return [*problems, f"the picture cannot be written: {error}"]
     print_rank_0(f"picture: {picture}\nTensorBoard: tensorboard --logdir {folder}")
+    return problems
+
+
+def load(name: str) -> tuple[LaptopWorkload, ModuleType, list[Any], int]:
+    """Return the workload of that name, the submission, the points of the search space, and the batch size.
+
+    Raise ValueError or DataError if the flags name none, or none that fit together.
+    """
+    workload = load_workload(name)
+    workload.max_allowed_runtime_sec *= 1.5 if FLAGS.tuning_ruleset == "self" else 1
+    submission = load_submission(FLAGS.submission_path)
+    points = read_space()
+    if not select_points(points):
+        raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
+    batch_size = known_batch_size(submission, short_name(name))
+    if batch_size is None:
+        batch_size = workload.default_batch_size
+        print_rank_0(f"get_batch_size does not know {short_name(name)}; using the workload's batch size, {batch_size}")
+    check_points(workload, submission, points)
+    return workload, submission, points, batch_size
 
 
 def main(_: list[str]) -> None:
     """Check everything that can be checked before the first step, run the trials, and print a summary. The exit status is 1 if
-    a trial failed.
+    anything went wrong.
     """
     distributed.start()
     print_rank_0(ALGOPERF)
     for name, reason in (IGNORED_FLAGS | IGNORED_SWITCHES).items():
         if FLAGS[name].present:
             print_rank_0(f"--{name} has no meaning here: {reason}")
-    try:
-        workload = load_workload(FLAGS.workload)
-        workload.max_allowed_runtime_sec *= 1.5 if FLAGS.tuning_ruleset == "self" else 1
-        submission = load_submission(FLAGS.submission_path)
-        points = read_space()
-        if not select_points(points):
-            raise ValueError(f"--hparam_start_index and --hparam_end_index leave none of the {len(points)} points")
-        batch_size = known_batch_size(submission, short_name(FLAGS.workload))
-        if batch_size is None:
-            batch_size = workload.default_batch_size
-            name = short_name(FLAGS.workload)
-            print_rank_0(f"get_batch_size does not know {name}; using the workload's batch size, {batch_size}")
-        check_points(workload, submission, points)
-        folder = distributed.broadcast(prepare_folder(points) if distributed.rank() == 0 else None)
-    except (ValueError, FileExistsError, DataError) as error:
-        sys.exit(f"error: {error}")
-    failed = run_trials(workload, submission, points, batch_size, folder)
-    if distributed.rank() == 0:
-        if trials := read_trials(folder):
-            summarize(workload, folder, trials)
-        if failed:
-            sys.exit(f"error: {failed} of {len(select_points(points))} trials failed")
-        if not trials:
-            sys.exit("error: no trial was evaluated")
+    with ExitStack() as locks:
+        try:
+            workload, submission, points, batch_size = load(FLAGS.workload)
+            folder = distributed.broadcast(prepare_folder(points, locks) if distributed.rank() == 0 else None)
+        except (OSError, ValueError, DataError) as error:
+            sys.exit(f"error: {error}")
+        problems = run_trials(workload, submission, points, batch_size, folder)
+        if distributed.rank() == 0 and (problems := [*problems, *summarize(workload, folder)]):
+            sys.exit(f"error: {'; '.join(problems)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -7,7 +7,6 @@ The base and each variant run at their own best learning rate, chosen from a lad
         --variants='half={"exponents": 0.5}' --variants=runner/baselines/soap/submission.py --workloads=mnist_vit --seeds=5
 """
 
-import json
 import math
 import os
 import sys
@@ -17,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from absl import app, flags
+from absl import flags
 
+from .command import run
 from .page import curves
 from .plots import colors, plot_curves
 from .ratios import ALL, format_ratio, ratios
+from .search_space import is_number, parse
 from .study import (
     Entry,
     best_trial,
@@ -46,8 +47,8 @@ def parse_variant(text: str, base: Entry) -> Entry:
     if not name or not changes.startswith("{"):
         return parse_entry(text, 1)
     try:
-        return Entry(name, base.path, ({**(base.points[0] or {}), **json.loads(changes)},))
-    except ValueError as error:
+        return Entry(name, base.path, ({**(base.points[0] or {}), **parse(changes)},))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{text!r} is not a variant: {error}; it must be NAME={{"hyperparameter": value, ...}}') from error
 
 
@@ -57,7 +58,7 @@ def with_ladder(entry: Entry, ladder: Sequence[float]) -> Entry:
     Raise ValueError if the point has no learning rate.
     """
     point = entry.points[0]
-    if point is None or "learning_rate" not in point:
+    if point is None or not is_number(point.get("learning_rate")):
         raise ValueError(f"the first point of {entry.name} has no learning_rate; it must have one to build a ladder from")
     return entry._replace(points=tuple({**point, "learning_rate": point["learning_rate"] * factor} for factor in ladder))
 
@@ -68,7 +69,7 @@ def read_ladder(texts: Sequence[str]) -> list[float]:
         ladder = [float(text) for text in texts]
     except ValueError:
         ladder = []
-    if not ladder or min(ladder) <= 0:
+    if not ladder or not all(0 < factor < math.inf for factor in ladder):
         raise ValueError(f"--ladder is {','.join(texts)}; it must be a list of positive numbers, such as 0.5,1,2")
     return ladder
 
@@ -140,4 +141,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run(main)

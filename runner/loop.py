@@ -1,7 +1,6 @@
 """One trial: AlgoPerf's training loop and clock. Data, steps, and `prepare_for_eval` count as submission time; nothing else."""
 
 import inspect
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,20 @@ import torch
 from algoperf import spec
 
 from . import distributed
-from .logs import MetricLogger, drop_rows_after, latest_checkpoint, meta_data, save_checkpoint, write_json
+from .files import read_json
+from .logs import (
+    LOGS,
+    MetricLogger,
+    checkpoints,
+    count_rows,
+    keep_rows,
+    meta_data,
+    read_checkpoint,
+    save_checkpoint,
+    starts,
+    write_json,
+)
+from .submissions import describe
 from .workloads.base import DEVICE, LaptopWorkload
 
 
@@ -112,9 +124,9 @@ def run_trial(
     """Train until the targets are reached, the time is up, or the submission or `max_global_steps` ends the trial. Write
     which of these it was as "ended" to its last meta_data_K.json.
 
-    Resume from the latest checkpoint in `folder`, if there is one; leave a trial that has ended unchanged. After every step,
-    call `progress(global_step, logger, evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple
-    ranks, only rank 0 logs, saves, and calls `progress`.
+    Resume from the latest checkpoint in `folder`, if there is one. After every step, call `progress(global_step, logger,
+    evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple ranks, only rank 0 logs, saves, and
+    calls `progress`.
     """
     data_rng, optimizer_rng, model_rng, rng = split(np.array([0, rng_seed]), 4)
     model, model_state = workload.init_model_fn(model_rng)
@@ -136,25 +148,26 @@ def run_trial(
         preemption_count=0,
     )
     restore(trial)
-    if has_ended(trial.train_state):
-        return
     if distributed.rank() == 0:
-        target, higher_is_better = f"validation/{workload.target_metric_name}", workload.higher_is_better
-        point = hyperparameters._asdict() if hyperparameters else {}  # a self-tuning submission has none
-        trial.logger = MetricLogger(folder, trial.global_step, target, higher_is_better, point)
         write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
         write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
+        target, higher_is_better = f"validation/{workload.target_metric_name}", workload.higher_is_better
+        point = hyperparameters._asdict() if hyperparameters else {}  # a self-tuning submission has none
+        durable = settings.save_checkpoints  # without them, a crash of the machine ends the trial anyway
+        trial.logger = MetricLogger(folder, trial.global_step, target, higher_is_better, point, durable)
         workload.attach_metrics_logger(trial.logger)
 
     try:
         run_steps(trial, rng, progress)
+        if trial.logger is not None:
+            finish(trial, trial.logger)
     finally:
         if trial.logger is not None:
             trial.logger.finish()
 
 
 def run_steps(trial: Trial, rng: np.ndarray, progress: Callable[[int, MetricLogger, bool, float], None]) -> None:
-    """Take and evaluate steps until the trial has ended, log its score, and save it."""
+    """Take and evaluate steps until the trial has ended."""
     state = trial.train_state
     trial.start = state["last_step_end_time"] = now()
     while not has_ended(state):
@@ -165,13 +178,17 @@ def run_steps(trial: Trial, rng: np.ndarray, progress: Callable[[int, MetricLogg
             progress(trial.global_step, trial.logger, evaluated, state["accumulated_submission_time"])
         state["last_step_end_time"] = now()
 
-    if trial.logger is not None:
-        score = {"score": state["accumulated_submission_time"]}
-        trial.logger.append_scalar_metrics(score, trial.global_step, trial.preemption_count)
-        save(trial)
-        meta = trial.folder / f"meta_data_{trial.preemption_count}.json"
-        ended = ended_by(state, trial.global_step, trial.settings.max_global_steps)
-        write_json(meta, {**json.loads(meta.read_text()), "ended": ended})
+
+def finish(trial: Trial, logger: MetricLogger) -> None:
+    """Save a trial that has ended, log its score, and write what ended it. If that is interrupted, `restore` drops the score
+    that was logged, and it is done again.
+    """
+    state = trial.train_state
+    save(trial)
+    logger.append_scalar_metrics({"score": state["accumulated_submission_time"]}, trial.global_step, trial.preemption_count)
+    meta = trial.folder / f"meta_data_{trial.preemption_count}.json"
+    ended = ended_by(state, trial.global_step, trial.settings.max_global_steps)
+    write_json(meta, {**read_json(meta), "ended": ended})
 
 
 def ended_by(train_state: dict[str, Any], global_step: int, max_global_steps: int | None) -> str:
@@ -264,25 +281,34 @@ def save(trial: Trial) -> None:
             "model_params": distributed.unwrap(trial.model).state_dict(),
             "optimizer_state": {key: x.state_dict() for key, x in trial.optimizer_state.items() if hasattr(x, "state_dict")},
             "model_state": trial.model_state,
+            "log_rows": count_rows(trial.folder),
             **{name: getattr(trial, name) for name in SAVED_FIELDS},
         }
         save_checkpoint(trial.folder, state, trial.settings.save_intermediate_checkpoints)
 
 
 def restore(trial: Trial) -> None:
-    """Load the latest checkpoint in the trial's folder, if there is one, and skip the batches that were already used."""
-    checkpoint = latest_checkpoint(trial.folder, DEVICE)
-    if checkpoint is None:
+    """Load the latest checkpoint in the trial's folder, if there is one; drop what was logged later, and skip the batches that
+    were already used. Raise ValueError if it does not fit.
+    """
+    if not (paths := checkpoints(trial.folder)):
         return
-    distributed.unwrap(trial.model).load_state_dict(checkpoint["model_params"])
-    for key, value in checkpoint["optimizer_state"].items():
-        trial.optimizer_state[key].load_state_dict(value)
-    trial.model_state = checkpoint["model_state"]
-    for name in SAVED_FIELDS:
-        setattr(trial, name, checkpoint[name])
-    if has_ended(trial.train_state):
-        return
-    trial.preemption_count += 1
-    for name in ("measurements.csv", "eval_measurements.csv") if distributed.rank() == 0 else ():
-        drop_rows_after(trial.folder / name, trial.global_step)
-    trial.queue = islice(trial.queue, trial.global_step, None)
+    checkpoint = read_checkpoint(paths[-1], DEVICE)
+    try:
+        distributed.unwrap(trial.model).load_state_dict(checkpoint["model_params"])
+        for key, value in checkpoint["optimizer_state"].items():
+            trial.optimizer_state[key].load_state_dict(value)
+        trial.model_state = checkpoint["model_state"]
+        for name in SAVED_FIELDS:
+            setattr(trial, name, checkpoint[name])
+        rows = {name: int(checkpoint["log_rows"][name]) for name in LOGS}
+    except Exception as error:
+        raise ValueError(
+            f"{paths[-1]} does not fit the submission or the workload: {describe(error)}; resume with those that wrote it, or "
+            f"move {trial.folder} away to begin the trial anew"
+        ) from error
+    if distributed.rank() == 0:
+        keep_rows(trial.folder, rows)
+    if not has_ended(trial.train_state):
+        trial.preemption_count = starts(trial.folder)
+        trial.queue = islice(trial.queue, trial.global_step, None)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from absl import app
 
+from .command import run
+
 TEMPLATE = Path(__file__).with_name("template")
 NAMES = ("submission.py", "tuning_search_space.json")
 
@@ -46,4 +48,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -1,12 +1,14 @@
 """The page of a suite: scores, ratios with intervals, steps to target, the best points, and curves."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .files import replacing
 from .plots import Curves, colors, plot_curves, plot_intervals, plot_profile
 from .ratios import ALL, format_ratio, interval, ratios, told_apart
 from .report import format_target
@@ -129,10 +131,11 @@ def write_page(
         "## Curves of the first study",
         "![validation metric over steps](curves.png)",
         "## What failed",
-        "\n".join(f"- {text}" for text in failures) or "Nothing.",
+        "\n".join(f"- {as_code(text)}" for text in failures) or "Nothing.",
     ]
     texts = [x if isinstance(x, str) else x.rename(index=short_name).to_markdown(disable_numparse=True) for x in paragraphs]
-    (folder / "README.md").write_text("\n\n".join(texts) + "\n")
+    with replacing(folder / "README.md") as partial:
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     return str(shown.to_string())
 
 
@@ -162,9 +165,19 @@ def score_columns(
     return pd.DataFrame(columns, index=pd.Index(order, name="submission"))
 
 
+def as_code(text: str) -> str:
+    """Return text of any origin as one line of code in Markdown, which contains no markup."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def as_text(text: str) -> str:
+    """Return text of any origin without what could be markup."""
+    return re.sub(r"[^\w .,:;@()/+-]", "", str(text))
+
+
 def describe(rows: pd.DataFrame, entries: Sequence[Entry], count: int) -> str:
     """Return when, where, and how the studies ran as text."""
-    dates, machines = sorted(rows["date"].unique()), sorted(rows["machine"].unique())
+    dates, machines = (sorted(map(as_text, rows[name].unique())) for name in ("date", "machine"))
     counts = sorted({len(entry.points) for entry in entries})
     first, *others = map(str, SELECTION_SEEDS)
     return (

@@ -12,8 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .files import replacing
 from .workloads.base import LaptopWorkload
 
 Workload = LaptopWorkload | type[LaptopWorkload]  # targets are class attributes, so no data is needed
@@ -33,6 +35,15 @@ def label(name: str) -> str:
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a picture, and free its memory."""
+    try:
+        with replacing(path, durable=False) as partial:
+            figure.savefig(partial, dpi=dpi)
+    finally:
+        plt.close(figure)
+
+
 def plot_profile(profile: pd.DataFrame, scores: pd.Series, by: str, color: Colors, path: Path) -> None:
     """Plot rho(tau) of each submission, best score first. Lines are shifted slightly, so that equal ones stay visible."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
@@ -46,8 +57,7 @@ def plot_profile(profile: pd.DataFrame, scores: pd.Series, by: str, color: Color
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="score")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, 120)
 
 
 def plot_times(times: pd.DataFrame, by: str, color: Colors, path: Path) -> None:
@@ -59,8 +69,7 @@ def plot_times(times: pd.DataFrame, by: str, color: Colors, path: Path) -> None:
     axes.set(xlabel="", ylabel=f"{by} to target over the best", title="no bar: target not reached")
     axes.axhline(1, color="black", linewidth=0.8)
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, 120)
 
 
 def plot_intervals(table: pd.DataFrame, reference: str, color: Colors, path: Path) -> None:
@@ -76,8 +85,7 @@ def plot_intervals(table: pd.DataFrame, reference: str, color: Colors, path: Pat
     axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set(xlabel=f"steps to target over those of {label(reference)}; arrows are bounds, because runs missed")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, 120)
 
 
 def draw_curves(axes: Axes, workload: Workload, curves: Mapping[str, Curve], color: Colors) -> None:
@@ -115,5 +123,4 @@ def plot_curves(panels: Curves, x: str, color: Colors, path: Path) -> None:
     lines = [Line2D([], [], color=color[name], marker="o", markersize=3, label=label(name)) for name in names]
     lines.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="target"))
     figure.legend(handles=lines, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, 110)

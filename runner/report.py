@@ -1,27 +1,33 @@
 """The table and the picture of a run's trials."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .logs import ended
+from .files import read_json
+from .logs import LOGS, ended, numbered, read_rows
 from .plots import Workload, colors, plot_curves
 from .workloads.base import LaptopWorkload
 
 Trials = dict[int, tuple[dict[str, Any], pd.DataFrame, str]]  # number -> hyperparameters, evaluations, what ended it
 
 
-def read_trials(folder: Path) -> Trials:
-    """Return the trials of a run that were evaluated at least once, in order of their numbers."""
-    numbers = sorted(int(path.name.removeprefix("trial_")) for path in folder.glob("trial_*"))
-    trials = {}
-    for number in numbers:
-        path = folder / f"trial_{number}" / "eval_measurements.csv"
-        if path.exists():
-            trials[number] = (json.loads((path.parent / "hparams.json").read_text()), pd.read_csv(path), ended(path.parent))
-    return trials
+def read_trials(folder: Path, metric: str) -> tuple[Trials, list[str]]:
+    """Return the trials of a run that were evaluated at least once, in order of their numbers, and what cannot be read."""
+    trials, problems = {}, []
+    for trial in numbered(folder, "trial_"):
+        if not (trial / LOGS[1]).exists():
+            continue
+        try:
+            evaluations = read_rows(trial / LOGS[1], ("global_step", "score", metric))
+            content = read_json(trial / "hparams.json"), evaluations, ended(trial)
+        except (OSError, ValueError) as error:
+            problems.append(f"{trial.name} is left out of the table: {error}; correct the file")
+            continue
+        if len(evaluations):
+            trials[int(trial.name.removeprefix("trial_"))] = content
+    return trials, problems
 
 
 def first_reaching_target(workload: Workload, evaluations: pd.DataFrame) -> pd.Series | None:
@@ -41,7 +47,7 @@ def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
         hit = first_reaching_target(workload, evaluations)
         best = evaluations[metric].max() if workload.higher_is_better else evaluations[metric].min()
         columns[f"trial {number}"] = {
-            **{name: format_value(value) for name, value in point.items()},
+            **{format_value(name): format_value(value) for name, value in point.items()},
             "steps to target": "-" if hit is None else str(int(hit["global_step"])),
             "seconds to target": "-" if hit is None else f"{hit['score']:.1f}",
             f"best {metric}": f"{best:.4f}",
@@ -50,13 +56,14 @@ def trial_table(workload: LaptopWorkload, trials: Trials) -> pd.DataFrame:
         }
     table = pd.DataFrame(columns)
     points = [point for point, *_ in trials.values()]
-    same = [name for name in points[0] if all(point.get(name) == points[0][name] for point in points)]
+    same = [format_value(name) for name in points[0] if all(point.get(name) == points[0][name] for point in points)]
     return table.drop(index=same)
 
 
 def format_value(value: Any) -> str:
-    """Format a float with four significant digits, and any other value with `str`."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Format a float with four significant digits, and other values with `str`; with `repr` if a terminal might obey them."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def plot_trials(workload: LaptopWorkload, name: str, trials: Trials, path: Path) -> None:

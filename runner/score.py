@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from absl import app, flags
+from absl import flags
 
+from .command import run
+from .files import create, replacing
 from .plots import colors, plot_profile, plot_times
 from .times import (
     BENCHMARKS,
@@ -120,9 +122,10 @@ def miss_limits(targets: dict[str, Target], ends: pd.Series, by: str) -> pd.Seri
 
 def write_comparison(comparison: Comparison, by: str, folder: Path) -> None:
     """Write the tables as CSV files and the plots as PNG files to the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    create(folder)
     for name in ("times", "profile", "scores"):
-        getattr(comparison, name).to_csv(folder / f"{name}.csv")
+        with replacing(folder / f"{name}.csv") as partial:
+            getattr(comparison, name).to_csv(partial)
     color = colors(comparison.scores.index)
     plot_profile(comparison.profile, comparison.scores["score"], by, color, folder / "profile.png")
     plot_times(comparison.counted.loc[comparison.scores.index], by, color, folder / "times.png")
@@ -216,4 +219,4 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run(main)

@@ -3,17 +3,20 @@
 import collections
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import qmc
 
+from .files import read_text
+
 
 def load_space(path: str | Path) -> Any:
     """Return the content of a search space's file. Raise ValueError if it cannot be read."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return parse(read_text(Path(path)))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the search space {path} cannot be read: {error}") from error
 
 
@@ -47,6 +50,27 @@ def read_points(path: str | Path, num_trials: int, seed: int) -> list[Any]:
     return [point_type(**point) for point in points]
 
 
+def parse(text: str) -> Any:
+    """Return the content of JSON text. Raise ValueError for repeated keys, and for numbers that are not finite."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is not a finite number")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if repeated := [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]:
+            raise ValueError(f"the keys {repeated} are there more than once")
+        return dict(pairs)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+
+
+def is_number(x: Any) -> bool:
+    """Return True for a number that fits into a float."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
 def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
     """Map x in [0, 1) to a value of the hyperparameter `name`. Raise ValueError for an invalid range."""
     if isinstance(space, dict) and space.keys() == {"feasible_points"} and isinstance(space["feasible_points"], list):
@@ -54,11 +78,12 @@ def sample(path: str | Path, name: str, space: Any, x: float) -> Any:
             return values[int(x * len(values))]
     elif isinstance(space, dict) and space.keys() == {"min", "max", "scaling"}:
         low, high, scaling = space["min"], space["max"], space["scaling"]
-        if scaling == "linear" and low <= high:
-            return float(low + x * (high - low))
-        if scaling == "log" and 0 < low <= high:
-            return float(low * math.exp(x * math.log(high / low)))
+        if is_number(low) and is_number(high) and low <= high:
+            if scaling == "linear":
+                return float(low + x * (high - low))
+            if scaling == "log" and low > 0:
+                return float(low * math.exp(x * math.log(high / low)))
     raise ValueError(
         f'{path}: {name} is {space!r}; it must be {{"feasible_points": [...]}} with at least one point, or '
-        '{"min": a, "max": b, "scaling": s} with a <= b, where s is "linear", or "log" if a > 0'
+        '{"min": a, "max": b, "scaling": s} with numbers a <= b, where s is "linear", or "log" if a > 0'
     )

@@ -3,7 +3,7 @@
 A run trains one point of a submission on one workload with one seed, and evaluates the validation metric every EVAL_EVERY
 steps. It ends at the target, or after the workload's `step_hint` steps; there is no time limit. Every finished run is a row of
 a table with all its evaluations, from which steps to target are computed. Repeat a command to continue from its table, on any
-machine, but one command at a time.
+machine. Only one command at a time can add to a table.
 
 A name stands for one version of a submission's code: after a change, give it another name or delete its rows. Delete also the
 rows of a workload whose data, model, or step hint changed; a new target needs no deletion.
@@ -22,10 +22,12 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +36,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .command import end_with_parent
+from .files import create, locked, read_text, replacing
 from .logs import cpu_name, ended
 from .loop import Settings, run_trial
 from .search_space import read_points
 from .submissions import check_point, known_batch_size, load_submission
-from .workloads import load_workload, short_name, workload_class
+from .workloads import known_class, load_workload, short_name, workload_class
 
 EVAL_EVERY = 10  # steps
 SELF = "self"  # in place of a search space
 SELECTION_SEEDS, FIRST_SEED = (1001, 1002), 101
 FINALISTS = 2
+NAME = r"[\w .,=+()%@-]+"  # of a submission or workload: no characters of Markdown, HTML, or the terminal
 
 Point = dict[str, Any] | None  # hyperparameters; None for a submission that tunes itself
 
@@ -66,7 +71,11 @@ class Run(NamedTuple):
 
 
 COLUMNS = [*Run._fields, "learning_rate", "horizon", "ended", "steps", "seconds", "date", "machine", "curve"]
-TYPES = {"submission": str, "workload": str, "point": str, "seed": int, "curve": str}
+TYPES = dict.fromkeys(COLUMNS, str) | {
+    "seed": int,
+    "steps": int,
+    **dict.fromkeys(("learning_rate", "horizon", "seconds"), float),
+}
 
 
 def parse_entry(text: str, num_points: int) -> Entry:
@@ -99,8 +108,11 @@ def check_entries(entries: Sequence[Entry], workloads: Sequence[str]) -> None:
             raise ValueError(f"there are no {flag}; give at least one")
         if repeated := [name for name, count in collections.Counter(names).items() if count > 1]:
             raise ValueError(f"the {flag} have {repeated} more than once; each must have a name of its own")
-        if odd := [name for name in names if "|" in name]:
-            raise ValueError(f"the {flag} have the names {odd}; a name must not have |, which ends a column of the page")
+        if odd := [name for name in names if not re.fullmatch(NAME, name)]:
+            raise ValueError(
+                f"the {flag} have the names {odd}; the page takes letters, digits, spaces, and any of _.,=+-()%@; give them as "
+                "NAME=PATH"
+            )
     for workload in workloads:
         if (hint := workload_class(workload).step_hint) < EVAL_EVERY:
             raise ValueError(
@@ -194,7 +206,12 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.exists():
         return with_steps(pd.DataFrame(columns=COLUMNS))
     try:
-        table = pd.read_csv(path, dtype=TYPES, keep_default_na=False, na_values={"learning_rate": [""], "horizon": [""]})
+        table = pd.read_csv(
+            StringIO(read_text(path)),
+            dtype=TYPES,
+            keep_default_na=False,
+            na_values={"learning_rate": [""], "horizon": [""]},
+        )
         if list(table.columns) != COLUMNS:
             raise ValueError(f"its columns are {list(table.columns)}; a table of runs has {COLUMNS}")
         return with_steps(table.drop_duplicates([*Run._fields], keep="last"))
@@ -203,25 +220,24 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def with_steps(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with a column steps_to_target: steps to today's target, inf for a miss, NaN for an unknown workload."""
+    """Return the table with a column steps_to_target: steps to today's target, inf for a miss, NaN for a workload that is
+    unknown, or in a file that this command did not name.
+    """
     found = []
     for name, curve, steps in zip(table["workload"], table["curve"], table["steps"], strict=True):
-        values = read_curve(curve)
-        try:
-            workload = workload_class(name)
-        except ValueError:  # a file that was moved
-            found.append(math.nan)
-        else:
-            found.append(steps_to_target(values, steps, workload.validation_target_value, workload.higher_is_better))
+        values, workload = read_curve(curve), known_class(name)
+        found.append(
+            math.nan
+            if workload is None
+            else steps_to_target(values, steps, workload.validation_target_value, workload.higher_is_better)
+        )
     return table.assign(steps_to_target=np.array(found, dtype=float))
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table atomically, sorted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    table[COLUMNS].sort_values([*Run._fields]).to_csv(partial, index=False)
-    partial.replace(path)
+    """Write a table, sorted."""
+    with replacing(path) as partial:
+        table[COLUMNS].sort_values([*Run._fields]).to_csv(partial, index=False)
 
 
 def finished(table: pd.DataFrame) -> set[Run]:
@@ -238,37 +254,58 @@ def finished(table: pd.DataFrame) -> set[Run]:
 
 def workers(count: int) -> ProcessPoolExecutor:
     """Return a pool of new processes."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
 def complete(path: Path, entry: Entry, runs: Sequence[Run], max_workers: int, to_target: bool = True) -> list[str]:
     """Run what the table lacks in `max_workers` single-threaded processes, and write each row at once. Return the failures.
 
-    The processes are new, so that no submission gets the modules of another.
+    The processes are new, so that no submission gets the modules of another. Raise OSError if another process adds to the
+    table, or if it cannot be written even after the last run.
     """
-    table = read_table(path)
-    done, failures = finished(table), []
-    left = [run for run in runs if run not in done]
-    if not left:
+    if not set(runs) - finished(read_table(path)):
         return []
-    with workers(max_workers) as pool, tqdm(total=len(left), desc=entry.name, unit="run") as bar:
-        futures = {pool.submit(train, entry, run, to_target): run for run in left}
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                if error := future.exception():
-                    failures.append(f"{run.submission} on {run.workload}, point {run.point}, seed {run.seed}: {error!r}")
-                    tqdm.write(f"failed: {failures[-1]}", file=sys.stdout)
-                else:
-                    others = table[(table[[*Run._fields]] != list(run)).any(axis=1)]
-                    row = pd.DataFrame([future.result()])
-                    table = pd.concat([others, row], ignore_index=True) if len(others) else row
-                    write_table(table, path)
-                bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            sys.exit("interrupted; repeat the command to continue")
+    create(path.parent)
+    with locked(path):
+        table = read_table(path)
+        done, failures, unwritten = finished(table), [], False
+        left = [run for run in runs if run not in done]
+        with workers(max_workers) as pool, tqdm(total=len(left), desc=entry.name, unit="run") as bar:
+            futures = {pool.submit(train, entry, run, to_target): run for run in left}
+            try:
+                for future in as_completed(futures):
+                    run = futures[future]
+                    if error := future.exception():
+                        failures.append(f"{run.submission} on {run.workload}, point {run.point}, seed {run.seed}: {error!r}")
+                        tqdm.write(f"failed: {failures[-1]}", file=sys.stdout)
+                    else:
+                        table = with_row(table, run, future.result())
+                        unwritten = not try_to_write(table, path)
+                    bar.update()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                sys.exit("interrupted; repeat the command to continue")
+        if unwritten:
+            write_table(table, path)
     return failures
+
+
+def with_row(table: pd.DataFrame, run: Run, row: dict[str, Any]) -> pd.DataFrame:
+    """Return the table with this row in place of the run's earlier one."""
+    others = table[(table[[*Run._fields]] != list(run)).any(axis=1)]
+    return pd.concat([others, pd.DataFrame([row])], ignore_index=True) if len(others) else pd.DataFrame([row])
+
+
+def try_to_write(table: pd.DataFrame, path: Path) -> bool:
+    """Write a table. If the disk is full, say so and return False; the next run writes this run's row, too."""
+    try:
+        write_table(table, path)
+    except OSError as error:
+        tqdm.write(f"not written, make room: {error}", file=sys.stdout)
+        return False
+    return True
 
 
 # Studies

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from .command import run
 from .page import write_page
 from .study import SELF, check_entries, parse_entry, run_studies
 from .workloads import WORKLOADS
@@ -35,7 +36,6 @@ def main(_: Sequence[str]) -> None:
     workloads, num_points = QUICK if FLAGS.quick else (FLAGS.workloads, NUM_POINTS)
     folder = Path(FLAGS.output_dir).expanduser().resolve()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         entries = [parse_entry(text, num_points) for text in FLAGS.submissions]
         check_entries(entries, workloads)
         failures = run_studies(folder / "runs.csv", entries, workloads, FLAGS.studies, FLAGS.max_workers)
@@ -60,4 +60,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run(main)

@@ -9,6 +9,7 @@ without other trials.
 
 import json
 import math
+from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .files import read_text
+from .search_space import is_number
 from .workloads import WORKLOADS, workload_class
 
 MEASURES = {"time": "score", "steps": "global_step"}  # value of --by -> column; AlgoPerf's column `score` holds seconds
@@ -60,9 +63,9 @@ def parse_target(name: str, entry: Any) -> Target:
     if metric not in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER):
         allowed = ", ".join(sorted((*LOWER_IS_BETTER, *HIGHER_IS_BETTER)))
         raise ValueError(f"the target_metric_name of {name!r} is {metric!r}; it must be one of {allowed}")
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"the validation_target_value of {name!r} is {value!r}; it must be a number")
-    if budget is not None and (not isinstance(budget, int | float) or not budget > 0):
+    if budget is not None and not (is_number(budget) and budget > 0):
         raise ValueError(f"the max_allowed_runtime_sec of {name!r} is {budget!r}; it must be above 0, or left out")
     return Target(metric, value, metric in HIGHER_IS_BETTER, budget)
 
@@ -80,7 +83,7 @@ def parse_benchmark(content: Any) -> Benchmark:
     targets = {name: parse_target(name, entry) for name, entry in content["workloads"].items()}
     for key in ("base_workloads", "held_out_workloads"):
         names = content.get(key)
-        if not isinstance(names, list) or any(name not in targets for name in names):
+        if not isinstance(names, list) or any(name not in list(targets) for name in names):
             raise ValueError(f"{key} is {names!r}; it must be a list of names in its workloads: {', '.join(targets)}")
     return Benchmark(content["base_workloads"], content["held_out_workloads"], targets)
 
@@ -88,8 +91,8 @@ def parse_benchmark(content: Any) -> Benchmark:
 def read_targets(path: Path) -> Benchmark:
     """Return the benchmark in a file of targets. Raise ValueError for another kind of file."""
     try:
-        return parse_benchmark(json.loads(path.read_text()))
-    except ValueError as error:
+        return parse_benchmark(json.loads(read_text(path)))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of targets: {error}") from error
 
 
@@ -121,7 +124,14 @@ def trial_folders(root: Path) -> pd.DataFrame:
     rows = [(*path.relative_to(root).parts, path) for path in found]
     rows = [row for row in rows if not any(str(part).startswith(".") for part in row[:4])]
     table = pd.DataFrame(rows, columns=["submission", "study", "folder", "trial", "path"], dtype=object)
+    check_names(table[["submission", "study", "folder"]].stack(), root)
     return table.assign(workload=table["folder"].str.replace(r"_(jax|pytorch)$", "", regex=True))
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Raise LogError for a name with line breaks or codes that a terminal obeys."""
+    if odd := sorted({name for name in names if not name.isprintable()}):
+        raise LogError(f"{path} has the names {odd}; each must consist of printable characters: rename them")
 
 
 def numbers(table: pd.DataFrame, column: str, path: Path) -> pd.Series:
@@ -141,7 +151,7 @@ def read_trial(path: Path, target: Target, by: str) -> dict[str, Any]:
     row is an evaluation, even if it repeats another. A row without a newline at its end may be cut, and does not count.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
         whole_rows = text[: text.rfind("\n") + 1]
         table = pd.read_csv(StringIO(whole_rows))
     except (OSError, ValueError) as error:
@@ -201,6 +211,7 @@ def read_logs(root: Path, benchmark: Benchmark, by: str) -> Logs:
             names = ", ".join(sorted(found.unique()))
             raise LogError(f"{submission} has trials of {workload} in {names}; keep one, and move the others to a submission")
     present = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    check_names(present, root)
     notes += [f"{name} has no trial that counts, and is left out" for name in present if name not in set(trials["submission"])]
     return Logs(trials, notes, errors)
 
@@ -230,7 +241,7 @@ def read_times(path: Path) -> pd.DataFrame:
     Raise ValueError for anything but positive numbers, and for repeated submissions or workloads.
     """
     try:
-        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False)
+        cells = pd.read_csv(StringIO(read_text(path)), header=None, dtype=str, keep_default_na=False)
     except ValueError as error:
         raise ValueError(f"{path} is no table of times: {error}") from error
     table = cells.iloc[1:, 1:].set_axis(cells.iloc[0, 1:], axis=1).set_axis(cells.iloc[1:, 0], axis=0)
@@ -241,6 +252,7 @@ def read_times(path: Path) -> pd.DataFrame:
             raise ValueError(f"{path} has the {what} {repeated} more than once; keep one of each")
         if "" in names:
             raise ValueError(f"{path} has {what} without a name; each must have one")
+        check_names(names, path)
     times: pd.DataFrame = table.replace("", "inf").apply(pd.to_numeric, errors="coerce")
     for name, row in (times > 0).iterrows():
         if not row.all():

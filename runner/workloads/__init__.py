@@ -3,9 +3,11 @@
 import difflib
 import importlib
 import re
+import sys
 from pathlib import Path
 
-from ..submissions import load_module
+from ..data import DataError
+from ..submissions import describe, load_module, module_name
 from .base import LaptopWorkload
 
 WORKLOADS = {  # module -> class
@@ -35,6 +37,15 @@ def workload_class(name: str) -> type[LaptopWorkload]:
     return workload
 
 
+def known_class(name: str) -> type[LaptopWorkload] | None:
+    """Return the class of a workload as `workload_class` does, but run no file for it: return None if it is in one that was not
+    imported before, or is unknown.
+    """
+    if name in WORKLOADS or (":" in name and module_name(Path(name.rpartition(":")[0]).expanduser().resolve()) in sys.modules):
+        return workload_class(name)
+    return None
+
+
 def class_in_file(name: str) -> type[LaptopWorkload]:
     """Return the class that path/to/file.py:Class names. Raise ValueError if there is none or it is incomplete."""
     path, _, class_name = name.rpartition(":")
@@ -56,5 +67,12 @@ def short_name(name: str) -> str:
 
 
 def load_workload(name: str) -> LaptopWorkload:
-    """Return a workload with its data. Raise ValueError like `workload_class`; raise `data.DataError` if its data is wrong."""
-    return workload_class(name)()
+    """Return a workload with its data. Raise ValueError like `workload_class`, or if the class cannot be built; raise
+    `data.DataError` if its data is wrong.
+    """
+    try:
+        return workload_class(name)()
+    except (ValueError, DataError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be built: {describe(error)}") from error

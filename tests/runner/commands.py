@@ -38,6 +38,12 @@ def start(module, *argv, check=True):
     return result
 
 
+def start_process(module, *argv):
+    """Start `python -m MODULE ARGV`. Return the running process, with what it prints in its stdout."""
+    line = [sys.executable, "-m", module, *argv]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @functools.cache
 def load(module):
     """Import a command's module. Return it and its flags, which are removed from absl's FLAGS: commands share flag names."""

@@ -17,6 +17,7 @@ from commands import ROOT
 
 import submission
 from runner import loop
+from runner.logs import checkpoints
 from runner.search_space import read_points
 from runner.workloads import WORKLOADS, load_workload
 from runner.workloads.base import rows
@@ -108,7 +109,7 @@ def timed_trial(monkeypatch, tmp_path):
         settings = loop.Settings(16, None, every, True, False, False, {})
         point = collections.namedtuple("Hyperparameters", [])()
         loop.run_trial(workload, submission, point, 0, tmp_path, settings, lambda *_: None)
-        return calls, pd.read_csv(tmp_path / "eval_measurements.csv"), torch.load(next(tmp_path.glob("checkpoint_*")))
+        return calls, pd.read_csv(tmp_path / "eval_measurements.csv"), torch.load(checkpoints(tmp_path)[-1])
 
     return go
 

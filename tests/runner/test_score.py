@@ -110,7 +110,12 @@ def test_names_are_shown_as_they_are_and_their_number_is_not_limited(tmp_path, m
     names = ["a$_$b", "$\\frac$", "c|d", "_e", *map(str, range(21))]
     pd.DataFrame({"w$": np.arange(1.0, 26.0)}, index=names).to_csv(tmp_path / "times.csv")
     shown = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: shown.append(texts(figure)))
+
+    def savefig(figure, path, **_):
+        shown.append(texts(figure))
+        path.touch()
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
     call("runner.score", f"--times_csv={tmp_path / 'times.csv'}", f"--output_dir={tmp_path / 'out'}")
     assert set(pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).index) == set(names)
     profile, bars = shown

@@ -5,14 +5,17 @@ import runner  # noqa: F401  makes algoperf.spec importable
 # isort: split
 
 import math
+import signal
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from commands import ROOT, InProcess
+from commands import ROOT, InProcess, start_process
 
-from runner import study
+from runner import files, study
 from runner.study import Entry, Run, complete, point_hash, read_table, steps_to_target
+from runner.workloads import workload_class
 
 TOY = f"{Path(__file__).with_name('toy_workload.py')}:Toy"
 NADAMW = ROOT / "runner" / "baselines" / "nadamw" / "submission.py"
@@ -27,6 +30,7 @@ FIXED = {
 }
 
 
+workload_class(TOY)  # tables run no files: rows count where the command named the file
 real_workers = study.workers
 
 
@@ -181,6 +185,7 @@ def test_rows_of_a_workload_that_was_moved_do_no_harm(tmp_path):
         "curve": "3 3",
         "seed": 1,
         "steps": 60,
+        "seconds": 1.0,
     }
     study.write_table(pd.DataFrame([row]), tmp_path / "runs.csv")
     assert study.finished(read_table(tmp_path / "runs.csv")) == set()
@@ -192,6 +197,7 @@ def test_rows_of_a_workload_that_was_moved_do_no_harm(tmp_path):
         (str(NADAMW), "nadamw", NADAMW),
         (f"mine={NADAMW}", "mine", NADAMW),
         ("{}/lr=0.1/submission.py", "lr=0.1", None),
+        ("mine={}/lr=0.1/submission.py", "mine", None),
     ],
 )
 def test_an_entry_has_a_name_and_a_file(tmp_path, text, name, path):
@@ -203,7 +209,114 @@ def test_an_entry_has_a_name_and_a_file(tmp_path, text, name, path):
     assert (found.name, found.path, len(found.points)) == (name, path or folder / "submission.py", 5)
 
 
+@pytest.mark.parametrize("name", ["with space", "ünï-ödé 漢字", ".dotted", "a.b.c", "x" * 200, "a'b"])
+def test_any_path_leads_to_a_submission(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for file in ("submission.py", "tuning_search_space.json"):
+        (tmp_path / name / file).write_text(NADAMW.with_name(file).read_text())
+    ours = study.parse_entry(f"{tmp_path / name / 'submission.py'}", 1)
+    assert ours.name == name
+    table = tmp_path / name / "suite" / "runs.csv"
+    assert complete(table, ours, [Run(name, TOY, point_hash(ours.points[0]), 1)], max_workers=1) == []
+    assert read_table(table)["submission"].tolist() == [name]
+
+
 def test_another_file_is_not_taken_for_a_table_of_runs(tmp_path):
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"runs.csv cannot be read; .* its columns are \['a', 'b'\]; a table of runs has"):
         read_table(tmp_path / "runs.csv")
+
+
+def table_of(*rows):
+    """Return the text of a table of runs."""
+    defaults = dict.fromkeys(study.COLUMNS, "") | {"seed": 1, "steps": 60, "seconds": 1.0, "curve": "3 2", "ended": "steps"}
+    return pd.DataFrame([defaults | row for row in rows])[study.COLUMNS].to_csv(index=False)
+
+
+def test_a_table_from_elsewhere_runs_no_code(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "runs.csv").write_text(table_of({"submission": "a", "workload": f"{tmp_path / 'evil.py'}:Toy"}))
+    assert math.isnan(read_table(tmp_path / "runs.csv")["steps_to_target"][0])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_table_has_one_writer(tmp_path):
+    path, ours = tmp_path / "runs.csv", entry(0.05)
+    with files.locked(path), pytest.raises(BlockingIOError, match=r"another process is writing to .*runs.csv; wait until"):
+        complete(path, ours, [toy_run(ours, 0, 1)], max_workers=1)
+    assert not path.exists()
+    assert complete(path, ours, [toy_run(ours, 0, 1)], max_workers=1) == []
+    with files.locked(path):  # nothing is left to write
+        assert complete(path, ours, [toy_run(ours, 0, 1)], max_workers=1) == []
+
+
+@pytest.mark.parametrize("full_for", [1, 2])
+def test_rows_that_a_full_disk_held_up_are_written_once_there_is_room(tmp_path, monkeypatch, capsys, full_for):
+    """With the next run or, for the last one, at the end."""
+    path, ours, write, calls = tmp_path / "runs.csv", entry(0.05), study.write_table, []
+
+    def limited(table, path):
+        calls.append(len(table))
+        if len(calls) <= full_for:
+            raise OSError(28, "No space left on device", str(path))
+        write(table, path)
+
+    monkeypatch.setattr(study, "write_table", limited)
+    assert complete(path, ours, [toy_run(ours, 0, 1), toy_run(ours, 0, 2)], max_workers=1) == []
+    assert len(read_table(path)) == 2
+    assert calls == [1, 2, 2][: full_for + 1]
+    assert "not written, make room: [Errno 28] No space left on device" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_at_all_is_an_error_and_stays(tmp_path, monkeypatch):
+    path, ours = tmp_path / "runs.csv", entry(0.05)
+    complete(path, ours, [toy_run(ours, 0, 1)], max_workers=1)
+    before = path.read_bytes()
+
+    def full(self, partial, **_):
+        partial.write_text("half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match=r"No space left on device"):
+        study.write_table(read_table(path), path)
+    assert path.read_bytes() == before
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["runs.csv", "runs.csv.lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_suite_that_is_stopped_leaves_no_process_and_goes_on(tmp_path, stop):
+    """The processes that it started end, too; one would keep a core busy, or wait forever."""
+    waiting = tmp_path / "waits" / "submission.py"
+    waiting.parent.mkdir()
+    waiting.write_text(WAITS.format(folder=str(tmp_path)))
+    flags = [f"--submissions={waiting}:{NADAMW.with_name('tuning_search_space.json')}", f"--workloads={TOY}"]
+    process = start_process("runner.suite", *flags, f"--output_dir={tmp_path}", "--max_workers=2")
+    while not (pids := [int(path.name) for path in (tmp_path / "pids").glob("*")]):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(stop)
+    output = process.communicate()[0] if stop == signal.SIGINT else ""
+    assert process.wait() != 0
+    assert "Traceback" not in output
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"{pids} still run")
+    with files.locked(tmp_path / "runs.csv"):
+        pass
+
+
+WAITS = """
+import os, pathlib, time
+from runner.baselines.nadamw.submission import *
+
+def update_params(**arguments):
+    pids = pathlib.Path({folder!r}) / "pids"
+    pids.mkdir(exist_ok=True)
+    (pids / str(os.getpid())).touch()
+    time.sleep(600)
+"""

@@ -108,10 +108,27 @@ def test_what_a_submission_lacks_is_named(tmp_path):
 def test_a_package_that_is_not_installed_is_named(tmp_path):
     path = write(tmp_path / "submission.py", "import no_such_package")
     for _ in range(2):  # a failed import leaves nothing behind
-        with pytest.raises(ValueError, match=r"submission\.py cannot be imported: No module named 'no_such_package'"):
+        with pytest.raises(
+            ValueError, match=r"submission\.py cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"
+        ):
             load_submission(path)
 
 
-def test_any_other_error_keeps_its_traceback(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        load_submission(write(tmp_path / "submission.py", "1 / 0"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n1 / 0", r"ZeroDivisionError: division by zero \(submission\.py, line 2\)"),
+        ("def f(:", r"SyntaxError: invalid syntax \(submission\.py, line 1\)"),
+        ("import sys\nsys.exit(0)", r"SystemExit: 0 \(submission\.py, line 2\)"),
+    ],
+)
+def test_any_other_error_in_a_file_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"submission\.py cannot be imported: {message}"):
+        load_submission(write(tmp_path / "submission.py", text))
+
+
+def test_paths_that_differ_in_signs_only_are_different_files(tmp_path):
+    for name in ("a-b", "a_b"):
+        (tmp_path / name).mkdir()
+        module = load_submission(write(tmp_path / name / "submission.py", f"path = {name!r}"))
+        assert module.path == name

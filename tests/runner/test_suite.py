@@ -149,3 +149,29 @@ def test_a_comparison_prints_ratios_of_variants_and_files(tmp_path):
 def test_an_invalid_variant_is_named(tmp_path, text):
     flags = [f"--base=base={NADAMW}:{space(tmp_path, 0.1)}", f"--variants={text}", f"--output_dir={tmp_path}"]
     assert f"{text!r} is not a variant" in error_of("runner.compare", *flags)
+
+
+def test_what_a_table_from_elsewhere_says_is_not_markup(done, tmp_path):
+    """Dates and machines are shown on the page; so are errors."""
+    _, folder, names, arguments = done
+    table = pd.read_csv(folder / "runs.csv", dtype=str, keep_default_na=False)
+    evil = "<script>x</script> [a](javascript:b) | `c`\n\n# d"
+    table.assign(machine=evil, date=evil).to_csv(tmp_path / "runs.csv", index=False)
+    call("runner.suite", f"--submissions={','.join(names)}", *arguments, f"--output_dir={tmp_path}")
+    text = (tmp_path / "README.md").read_text()
+    assert not any(mark in text for mark in ("<script", "](javascript", "`c`", "\n# d"))
+    assert page.as_code(evil) == "`<script>x</script> [a](javascript:b) | 'c' # d`"
+
+
+def test_a_failed_pictures_disk_leaves_the_old_page(done, monkeypatch):
+    _, folder, names, arguments = done
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def full(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    error = error_of("runner.suite", f"--submissions={','.join(names)}", *arguments)
+    assert error == f"error: [Errno 28] No space left on device: '{folder / 'profile.png'}'"
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
