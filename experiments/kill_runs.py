@@ -11,6 +11,7 @@ mounting one is not allowed, files above a certain size fail instead.
 """
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -273,7 +274,8 @@ def fill_disks(expected: dict[str, dict[str, Any]], seconds: float, size: int, d
 def main(_: Any) -> None:
     """Run once without trouble, then with it, and print a summary."""
     torch.set_num_threads(1)  # so that this process can be forked
-    from runner import __main__  # noqa: F401
+    importlib.import_module("runner.__main__")
+    importlib.import_module("torch._dynamo")  # the first optimizer of a process imports it, for seconds
 
     draw = random.Random(FLAGS.seed)
     with tempfile.TemporaryDirectory(prefix="alone") as folder:
