@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,13 +224,19 @@ def filled(root: Path, delay: float, room: int, mounted: bool) -> bool:
         return end(start(root, limit_files(room, delay))) != 0
     process = start(root)
     process.join(delay)
-    filler = root / "filler"
-    free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(free - room, 1))
+    fill(root / "filler", room)
     status = end(process)
-    filler.unlink()
+    (root / "filler").unlink()
     return status != 0
+
+
+def fill(path: Path, room: int) -> None:
+    """Write a file that leaves `room` bytes of its disk."""
+    with path.open("wb") as file:
+        while path.stat().st_size == 0:
+            free = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
+            with suppress(OSError):  # the run has written something since then
+                os.posix_fallocate(file.fileno(), 0, max(free - room, 1))
 
 
 # The command
