@@ -105,15 +105,7 @@ def train(name: str, learning_rate: float, steps: int, every: int, folder: Path)
     workload, rows = load_workload(name), list[dict[str, Any]]()
     workload.max_allowed_runtime_sec = float("inf")  # diagnostics take time too
     point = {**json.loads(SPACE.read_text())[0], "learning_rate": learning_rate}
-    settings = Settings(
-        batch_size=workload.default_batch_size,
-        max_global_steps=steps,
-        eval_every_steps=steps,
-        save_checkpoints=False,
-        save_intermediate_checkpoints=False,
-        torch_compile=False,
-        flags={},
-    )
+    settings = Settings(batch_size=workload.default_batch_size, max_global_steps=steps, eval_every_steps=steps)
     with SummaryWriter(str(folder / "diagnostics")) as writer, tqdm(total=steps, desc=folder.name, disable=None) as bar:
         run_trial(
             workload,

@@ -180,10 +180,6 @@ def measure(
                 p.grad = grad  # some optimizers set it to None
         return {name: step(name) for name in names}
 
-    def time_step(name: str) -> float:
-        """Take a step and return its milliseconds."""
-        return milliseconds(optimizers[name].step, device)
-
     for name in names:
         before = live_bytes()
         params[name] = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
@@ -197,27 +193,33 @@ def measure(
     peaks = step_all(lambda name: watch(optimizers[name].step, device, record=False).peak)  # step number `frequency`: a refresh
     ordinary = step_all(lambda name: watch(optimizers[name].step, device))
     for _ in range(frequency - 1):
-        step_all(time_step)
+        step_all(lambda name: optimizers[name].step())
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
-        times = pd.DataFrame([step_all(time_step) for _ in range(frequency)])
+        times = pd.DataFrame([step_all(lambda name: milliseconds(optimizers[name].step, device)) for _ in range(frequency)])
         for name in names:
             products = milliseconds(ordinary[name].multiply, device)
             rows[name].append((times[name].nsmallest(frequency - 1).median(), times[name].max(), products))
 
+    table = summarize(rows)
     numel = sum(grad.numel() for grad in grads)
-    table = pd.DataFrame({name: map(statistics.median, zip(*found, strict=True)) for name, found in rows.items()})
-    table = table.T.set_axis(["ordinary", "refresh", "products"], axis=1)
-    rounds_of = {name: [ordinary for ordinary, _, _ in found] for name, found in rows.items()}
-    table["least"], table["most"] = ([of(rounds_of[name]) for name in names] for of in (min, max))
-    for every in (1, 10, 100):
-        table[f"every {every}"] = table["ordinary"] + (table["refresh"] - table["ordinary"]) / every
-    table["/ products"] = table["ordinary"] / table["products"]
-    table["/ adamw"] = table["ordinary"] / table["ordinary"].get("adamw", float("nan"))
     table["operations"] = [ordinary[name].operations for name in names]
     table["syncs"] = [ordinary[name].syncs for name in names]
     table["state"] = [state[name] / numel for name in names]
     table["peak"] = [peaks[name] / numel for name in names]
+    return table
+
+
+def summarize(rounds: dict[str, list[tuple[float, float, float]]]) -> pd.DataFrame:
+    """Return the columns of times, from each optimizer's ordinary steps, refreshes, and products in each round."""
+    table = pd.DataFrame({name: map(statistics.median, zip(*found, strict=True)) for name, found in rounds.items()})
+    table = table.T.set_axis(["ordinary", "refresh", "products"], axis=1)
+    table["least"] = [min(found)[0] for found in rounds.values()]
+    table["most"] = [max(found)[0] for found in rounds.values()]
+    for every in (1, 10, 100):
+        table[f"every {every}"] = table["ordinary"] + (table["refresh"] - table["ordinary"]) / every
+    table["/ products"] = table["ordinary"] / table["products"]
+    table["/ adamw"] = table["ordinary"] / table["ordinary"].get("adamw", float("nan"))
     return table
 
 

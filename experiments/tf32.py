@@ -150,15 +150,7 @@ def record_gradients(name: str, steps: int, folder: Path) -> list[list[Tensor]]:
             found.setdefault(id(self), []).append(G[:16].clone())
         original(self, G, beta2, present)
 
-    settings = Settings(
-        batch_size=workload.default_batch_size,
-        max_global_steps=steps,
-        eval_every_steps=steps,
-        save_checkpoints=False,
-        save_intermediate_checkpoints=False,
-        torch_compile=False,
-        flags={},
-    )
+    settings = Settings(batch_size=workload.default_batch_size, max_global_steps=steps, eval_every_steps=steps)
     Kronecker.update = update  # type: ignore[method-assign]
     try:
         run_trial(workload, submission, None, FIRST_SEED, folder, settings, progress=lambda *_: None)

@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -39,10 +39,10 @@ class Settings:
     batch_size: int
     max_global_steps: int | None
     eval_every_steps: int | None  # None: every eval_period_time_sec, as in AlgoPerf
-    save_checkpoints: bool
-    save_intermediate_checkpoints: bool
-    torch_compile: bool
-    flags: dict[str, Any]
+    save_checkpoints: bool = False
+    save_intermediate_checkpoints: bool = False
+    torch_compile: bool = False
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 TRAIN_STATE: dict[str, Any] = {  # at the start of a trial

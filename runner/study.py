@@ -148,10 +148,6 @@ def train(entry: Entry, run: Run, to_target: bool) -> dict[str, Any]:
         batch_size=known_batch_size(submission, short_name(run.workload)) or workload.default_batch_size,
         max_global_steps=workload.step_hint,
         eval_every_steps=EVAL_EVERY,
-        save_checkpoints=False,
-        save_intermediate_checkpoints=False,
-        torch_compile=False,
-        flags={},
     )
     hyperparameters = None if point is None else collections.namedtuple("Hyperparameters", point)(**point)
     check_point(workload, submission, hyperparameters, str(entry.path))

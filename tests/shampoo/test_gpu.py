@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def load_gradients(params, seed):
-    """Set gradients as a backward pass does: without a wait."""
+    """Set gradients, and wait until they are on the device."""
     set_gradients(params, seed)
     torch.cuda.synchronize()
 
