@@ -1,11 +1,12 @@
-"""The convergence experiment: its problems, its fit of slopes, and how it resumes."""
+"""The experiments on the paper: their problems, the fit of slopes, and how they resume."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from experiments.convergence import CELL, PROBLEMS, SEEDS, draw_data, fit_slope, gradient, loss, measure
+from experiments.paper.horizons import Cell, run
+from experiments.paper.problems import PROBLEMS, SEEDS, draw_data, fit_slope, gradient, loss, measure
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
@@ -51,20 +52,17 @@ def test_slope_and_interval_of_a_known_power_law():
 
 
 def test_measuring_resumes_where_it_stopped(tmp_path):
-    path, runs = tmp_path / "norms.csv", []
-
-    def run(*cell):
-        runs.append(cell)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        return pd.DataFrame({"seed": range(SEEDS), "nuclear": len(runs) + np.arange(SEEDS) / 7})
-
-    wanted = [("log", 8, 8, "1/4, 1/4", 64), ("log", 8, 8, "SGD", 64), ("cos", 8, 4, "SGD", 128)]
-    with pytest.raises(KeyboardInterrupt):
-        measure(wanted[:2], path, run)
-    table = measure(wanted, path, run)
-    assert runs == [wanted[0], wanted[1], wanted[1], wanted[2]]
-    assert list(table[CELL].drop_duplicates().itertuples(index=False, name=None)) == wanted
-    assert len(table) == 3 * SEEDS
-    pd.testing.assert_frame_equal(measure(wanted, path, run), table, rtol=1e-6)
-    assert len(runs) == 4
+    path = tmp_path / "norms.csv"
+    first, second = Cell("log, Gaussian noise", 3, 2, "1/4, 1/4", 8), Cell("cos, rank-one noise", 3, 2, "SGD", 8)
+    broken = Cell("no such problem", 3, 2, "SGD", 8)
+    with pytest.raises(KeyError):
+        measure([first, broken], path, run, max_workers=1)
+    assert len(pd.read_csv(path)) == SEEDS
+    kept = pd.read_csv(path)
+    kept["nuclear"] = 7.0  # measured again, it would be another number
+    kept.to_csv(path, index=False)
+    table = measure([first, second, first], path, run)
+    assert (table["nuclear"][:SEEDS] == 7).all()
+    assert list(table[list(Cell._fields)].drop_duplicates().itertuples(index=False, name=None)) == [first, second]
+    assert len(table) == 2 * SEEDS
+    pd.testing.assert_frame_equal(measure([first, second], path, run), table, rtol=1e-6)

@@ -1,0 +1,203 @@
+"""Problems with known constants for the paper's claims, the table of measured cells, and the slopes with their intervals."""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from runner.files import replacing
+from shampoo import AdamWShampoo
+
+SEEDS = 10
+CHUNK = 1024  # steps per batch of singular value decompositions
+METHODS: dict[str, tuple[float, float] | None] = {  # (1/p, 1/q)
+    "1/4, 1/4": (0.25, 0.25),
+    "1/2, 0": (0.5, 0.0),
+    "0, 1/2": (0.0, 0.5),
+    "1/8, 1/8": (0.125, 0.125),
+    "1/2, 1/2": (0.5, 0.5),
+    "SGD": None,
+    "AdamW": None,
+}
+
+
+def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """Return noise of shape (S, m, n) with independent Gaussian entries and E ||.||_F^2 = 1."""
+    return torch.randn(SEEDS, m, n, generator=generator) / math.sqrt(m * n)
+
+
+def rank_one(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """Return D u v^T of shape (S, m, n), u and v standard normal, D diagonal from 1 down to 1/10, scaled to E ||.||_F^2 = 1."""
+    D = torch.logspace(0, -1, m)
+    D /= D.norm() * math.sqrt(n)
+    u, v = torch.randn(SEEDS, m, 1, generator=generator), torch.randn(SEEDS, 1, n, generator=generator)
+    return D.unsqueeze(1) * u * v
+
+
+class Problem(NamedTuple):
+    """f(X) = d^2 sum phi((A X - B) / d) over the entries of X (m, n), with d = 1 / sqrt(m n) and phi >= 0 even and nonconvex.
+
+    A (m, m) is Gaussian, divided by its operator norm; B is d times standard normal. Hence f is L-smooth in the Frobenius norm
+    with L = max |phi''|, inf f = 0 since A is invertible, and f(0) equals E phi(N(0, 1)) up to sampling error for all shapes.
+    Gradient noise is independent of X with sigma^2 = E ||noise||_F^2 = 1, so that C is the same for all shapes.
+    """
+
+    phi: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]  # phi'
+    smoothness: float  # L
+    noise: Callable[[int, int, torch.Generator], Tensor]
+
+
+PROBLEMS = {
+    # phi'' = 2 (1 - e^2) / (1 + e^2)^2 is between -1/4 and 2.
+    "log, Gaussian noise": Problem(lambda e: torch.log1p(e**2), lambda e: 2 * e / (1 + e**2), 2.0, gaussian),
+    # phi'' = cos e is between -1 and 1.
+    "cos, rank-one noise": Problem(lambda e: 1 - torch.cos(e), torch.sin, 1.0, rank_one),
+}
+
+
+def draw_data(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return A (S, m, m) and B (S, m, n) for all seeds, the same for every method and horizon."""
+    generator = torch.Generator().manual_seed(1000 * m + n)
+    A, B = (torch.randn(SEEDS, m, k, generator=generator) for k in (m, n))
+    return A / torch.linalg.matrix_norm(A, 2, keepdim=True), B / (m * n) ** 0.5
+
+
+def loss(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
+    """Return f(X) for each seed, shape (S,)."""
+    d2 = 1 / B[0].numel()
+    return d2 * problem.phi((A @ X - B) / d2**0.5).sum(dim=(1, 2))
+
+
+def gradient(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
+    """Return grad f(X) = d A^T phi'((A X - B) / d) for each seed, shape (S, m, n)."""
+    d = 1 / math.sqrt(B[0].numel())
+    return d * A.mT @ problem.slope((A @ X - B) / d)
+
+
+def theory_rate(method: str, m: int, n: int, K: int, L: float, gap: float) -> float:
+    """Return the step size eta of the theory for horizon K, smoothness L, gap = f(X_1) - inf f, and sigma = 1.
+
+    For SGD, it is min(1/L, sqrt(2 gap / (L K))). AdamW has m n, the dimension in the bound of its own paper (arXiv 2505.11840),
+    instead of m + n. If the exponents do not sum to 1/2, a direction scales like the factors to the power 1/2 - 1/p - 1/q; the
+    factors are about sigma^2 / sqrt(m n), and eta compensates for that.
+    """
+    step, exponents = math.sqrt(gap / (L * K)), METHODS[method]
+    if method == "SGD":
+        return min(1 / L, math.sqrt(2) * step)
+    if exponents is None:
+        return step / math.sqrt(m * n)
+    return step / math.sqrt(m + n) * math.pow(m * n, 0.25 - sum(exponents) / 2)
+
+
+def make_optimizer(
+    method: str, X: list[torch.nn.Parameter], lr: float, K: int, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return an optimizer of METHODS with the averages of the theory for horizon K: 1 - theta = 1 - beta = K^(-1/2).
+
+    epsilon = 1e-6 sigma^2 / (m n) is a millionth of the noise variance of an entry: far below the eigenvalues of the factors,
+    which the noise bounds from below, so that the method does not reduce to SGD, and above the float32 rounding error of the
+    factors.
+    """
+    (m, n), decay = X[0].shape, 1 - K**-0.5
+    eps = 1e-6 / (m * n)
+    if method == "SGD":
+        return torch.optim.SGD(X, lr, weight_decay=weight_decay)
+    if method == "AdamW":
+        return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=eps**0.5, weight_decay=weight_decay)
+    exponents = METHODS[method]
+    assert exponents is not None
+    return AdamWShampoo(
+        X,
+        lr,
+        betas=(decay, decay),
+        eps=eps,
+        relative_eps=False,
+        weight_decay=weight_decay,
+        grafting="none",
+        bias_correction=False,
+        precondition_frequency=1,
+        exponents=exponents,
+        merge_dims=False,
+        block_size=max(m, n),
+    )
+
+
+def mean_norms(
+    problem: Problem, m: int, n: int, K: int, make_optimizer: Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]
+) -> pd.DataFrame:
+    """Return one row per seed: the nuclear and Frobenius norms of the noise-free gradient, averaged over X_1 = 0, ..., X_K, and
+    the nuclear norm at X_1. All seeds are blocks of one stack, so that they train together.
+
+    make_optimizer(parameters, gap) gets one parameter per seed and gap = f(X_1) - inf f, averaged over seeds.
+    """
+    A, B = draw_data(m, n)
+    weights, noisy = torch.zeros(SEEDS, m, n), torch.zeros(SEEDS, m, n)
+    X = [torch.nn.Parameter(x) for x in weights]  # views: the optimizer updates `weights`
+    for x, G in zip(X, noisy, strict=True):
+        x.grad = G
+    optimizer = make_optimizer(X, loss(problem, A, B, weights).mean().item())
+    generator = torch.Generator().manual_seed(K)
+    chunks = []
+    for first in range(0, K, CHUNK):
+        gradients = torch.empty(min(CHUNK, K - first), SEEDS, m, n)
+        for G in gradients:
+            G.copy_(gradient(problem, A, B, weights))
+            torch.add(G, problem.noise(m, n, generator), out=noisy)
+            optimizer.step()
+        chunks.append(torch.linalg.svdvals(gradients))
+    singular_values = torch.cat(chunks)
+    nuclear, frobenius = singular_values.sum(dim=2), torch.linalg.vector_norm(singular_values, dim=2)
+    columns = {"nuclear": nuclear.mean(dim=0), "frobenius": frobenius.mean(dim=0), "first": nuclear[0]}
+    return pd.DataFrame({"seed": range(SEEDS), **{name: x.double().numpy() for name, x in columns.items()}})
+
+
+def measure(cells: Sequence[Any], path: Path, run: Callable[..., pd.DataFrame], max_workers: int | None = None) -> pd.DataFrame:
+    """Return the rows of all cells: run(*cell), with the fields of the cell, a NamedTuple, as the first columns.
+
+    Cells missing from the CSV at `path` run in single-threaded processes, one per core unless max_workers says otherwise, and
+    are added to it one by one, so that the same command resumes an interrupted run.
+    """
+    names = list(cells[0]._fields)
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=names)
+    finished = set(table[names].itertuples(index=False, name=None))
+    missing = [cell for cell in dict.fromkeys(cells) if tuple(cell) not in finished]
+    with ProcessPoolExecutor(max_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(run, *cell): cell for cell in missing}
+        try:
+            for future in tqdm(as_completed(futures), total=len(missing), unit="cell", smoothing=0, dynamic_ncols=True):
+                rows = future.result()
+                for i, (name, value) in enumerate(futures[future]._asdict().items()):
+                    rows.insert(i, name, value)
+                table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+                with replacing(path) as partial:
+                    table.to_csv(partial, index=False, float_format="%.7g")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return table
+
+
+def fit_slope(values: np.ndarray, x: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean over seeds of the least-squares slope of log(value) against log x, and its 95 % t interval over seeds.
+
+    values has shape (seeds, points).
+    """
+    centered = np.log(x) - np.log(x).mean()
+    slopes = np.log(values) @ centered / (centered**2).sum()
+    low, high = stats.ttest_1samp(slopes, 0.0).confidence_interval(0.95)
+    return float(slopes.mean()), float(low), float(high)
+
+
+def format_fit(fit: tuple[float, float, float]) -> str:
+    """Format a slope and its interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*fit)
