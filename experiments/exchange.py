@@ -1,8 +1,8 @@
 """Time what sharing blocks among processes costs: `python -m experiments.exchange --workload=ogbg --ranks=2`; a minute.
 
 Local processes of one thread, connected by gloo, step `AdamWShampoo` with its defaults on the parameters of an AlgoPerf model,
-with the same gradients. A barrier before each all-gather separates waiting from exchanging. Print a row for ordinary steps and one
-for steps that refresh all roots, medians in milliseconds:
+with the same gradients. A barrier before each all-gather separates waiting from exchanging. Print a row for ordinary steps and
+one for steps that refresh all roots, medians in milliseconds:
 
     alone     the step of one process with all blocks, while the others rest
     step      the step of the slowest rank
