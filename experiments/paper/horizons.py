@@ -1,4 +1,4 @@
-"""Measure the paper's convergence rate: `python -m experiments.paper.horizons --output_dir=DIR`; five minutes, `--full` hours.
+"""Measure the paper's convergence rate: `python -m experiments.paper.horizons --output_dir=DIR`; three minutes, `--full` 30.
 
 For X of shape (m, n) and 1/p + 1/q = 1/2, Li, Dong & Lin (arXiv 2601.07326) bound the mean nuclear norm of the gradient,
 (1/K) sum_k E ||grad f(X_k)||_*, by O(sqrt(m + n) C / K^(1/4)), where C^4 is of order sigma^2 L (f(X_1) - inf f). Measure this
@@ -10,16 +10,44 @@ the powers of K and m + n come from the theory, the constants do not. epsilon = 
 noise variance of an entry: far below the eigenvalues of the factors, which the noise bounds from below, so that the method does
 not reduce to SGD, and above the float32 rounding error of the factors. Finished cells are read from DIR/norms.csv, so that the
 same command resumes an interrupted run.
+
+What to expect where f is quadratic and white noise dominates the gradient, so that every method is SGD with a step size e (see
+`effective_step`), near which the gradient is Gaussian with
+
+    E ||grad f||_* = sqrt(e L / (2 m n)) E ||A^T Z||_*,  Z standard normal,    which falls like sqrt(e), that is, K^(-1/4),
+
+plus what is left of the way to a minimizer. The latter depends on e k alone, so that its mean over K steps is that of gradient
+flow over the time e K, which falls at most like 1 / (e K), that is, K^(-1/2).
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
+import torch
 from absl import app, flags
+from torch import Tensor
 
-from .problems import METHODS, PROBLEMS, SEEDS, fit_slope, format_fit, make_optimizer, mean_norms, measure, theory_rate
+from .problems import (
+    METHODS,
+    PROBLEMS,
+    SEEDS,
+    Problem,
+    draw_data,
+    fit_slope,
+    format_fit,
+    gain,
+    loss,
+    make_optimizer,
+    mean_norms,
+    measure,
+    theory_rate,
+    trajectory,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,6 +59,8 @@ LAST = 3  # number of horizons in the slope at the end
 SUM_HALF = ["1/4, 1/4", "1/2, 0"]
 SHAPES = {(8, 8): list(METHODS), (16, 4): SUM_HALF, (4, 16): SUM_HALF}
 WIDTHS, FIXED_HORIZON = [4, 8, 16, 32], 1024  # square matrices at one horizon
+EXPLAINED = ["1/4, 1/4", "AdamW", "SGD"]  # by gradient flow and noise, for the problem with white noise
+FLOW_STEP = 1 / 16  # of gradient descent that stands for gradient flow, far below 1 / L
 
 
 class Cell(NamedTuple):
@@ -99,6 +129,96 @@ def size_table(norms: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def wide_norms(norms: pd.DataFrame, problem: str, method: str) -> pd.DataFrame:
+    """Return the mean nuclear norms of the first shape, one row per seed and one column per K."""
+    m, n = next(iter(SHAPES))
+    chosen = norms[(norms["problem"] == problem) & (norms["m"] == m) & (norms["n"] == n) & (norms["method"] == method)]
+    return chosen.pivot(index="seed", columns="K", values="nuclear")
+
+
+def local_slopes(wide: pd.DataFrame) -> dict[int, tuple[float, float, float]]:
+    """Return the slope from each horizon to the next, with its interval."""
+    values, K = wide.to_numpy(), [int(k) for k in wide.columns]
+    return {k: fit_slope(values[:, i : i + 2], np.array(K[i : i + 2], float)) for i, k in enumerate(K[:-1])}
+
+
+def local_table(norms: pd.DataFrame, problem: str) -> pd.DataFrame:
+    """Return one row per horizon but the last: the slope from it to the next, of each method."""
+    columns = {}
+    for method in METHODS:
+        fits = local_slopes(wide_norms(norms, problem, method))
+        columns[method] = {f"{k} to {2 * k}": format_fit(fit) for k, fit in fits.items()}
+    return pd.DataFrame(columns).rename_axis("K").reset_index()
+
+
+def effective_step(method: str, m: int, n: int, K: int, L: float, gap: float) -> float:
+    """Return the step size of SGD with the same steps if white noise dominates the gradient: m n entries of variance 1 / (m n).
+
+    For AdamW, the root of the second moment is then 1 / sqrt(m n).
+    """
+    exponents = METHODS[method]
+    scale = gain(exponents, m, n) if exponents else 1.0 if method == "SGD" else math.sqrt(m * n)
+    return scale * theory_rate(method, m, n, K, L, gap)
+
+
+def flow_norms(problem: Problem, A: Tensor, B: Tensor, duration: float) -> Tensor:
+    """Return the nuclear norms of the gradient along gradient flow from 0, every FLOW_STEP, of shape (steps, S)."""
+    quiet = problem._replace(noise=lambda m, n, _: torch.zeros(m, n))
+    chunks = trajectory(quiet, A, B, math.ceil(duration / FLOW_STEP), lambda X, _: torch.optim.SGD(X, FLOW_STEP))
+    return torch.cat([torch.linalg.svdvals(G).sum(dim=-1) for _, G in chunks])
+
+
+def noise_floor(A: Tensor, n: int, L: float, step: float) -> Tensor:
+    """Return sqrt(step L / (2 m n)) E ||A^T Z||_* of each seed, Z (m, n) standard normal, over 1,000 draws."""
+    m = A.shape[-1]
+    Z = torch.randn(1000, 1, m, n, generator=torch.Generator().manual_seed(0))
+    singular_values: Tensor = torch.linalg.svdvals(A.mT @ Z)
+    return math.sqrt(step * L / (2 * m * n)) * singular_values.sum(dim=-1).mean(dim=0)
+
+
+def expected_norms(methods: Sequence[str], horizons: Sequence[int]) -> pd.DataFrame:
+    """Return one row per method, horizon, and seed: what the way to a minimizer and noise contribute to the mean nuclear norm,
+    and the mean over the steps of the square root of the sum of their squares. First problem and first shape.
+    """
+    problem, (m, n) = next(iter(PROBLEMS.values())), next(iter(SHAPES))
+    A, B = draw_data(m, n)
+    L, gap = problem.smoothness, loss(problem, A, B, torch.zeros_like(B)).mean().item()
+    steps = {(method, K): effective_step(method, m, n, K, L, gap) for method in methods for K in horizons}
+    flow = flow_norms(problem, A, B, max(K * step for (_, K), step in steps.items()))
+    tables = []
+    for (method, K), step in steps.items():
+        way, noise = flow[: round(K * step / FLOW_STEP)], noise_floor(A, n, L, step)
+        columns = {"way": way.mean(dim=0), "noise": noise, "nuclear": (way**2 + noise**2).sqrt().mean(dim=0)}
+        tables.append(pd.DataFrame({"method": method, "K": K, "seed": range(SEEDS), **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def expected_table(norms: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per method and every fourth horizon: measured and expected means, and expected slopes to the next."""
+    rows = []
+    for method, chosen in expected.groupby("method", sort=False):
+        measured, wide = (
+            wide_norms(norms, next(iter(PROBLEMS)), method),
+            chosen.pivot(index="seed", columns="K", values="nuclear"),
+        )
+        slopes = local_slopes(wide)
+        parts = chosen.groupby("K")[["way", "noise", "nuclear"]].mean()
+        for K in list(slopes)[::2]:
+            rows.append(
+                {
+                    "1/p, 1/q": method,
+                    "K": f"{K}",
+                    "way": f"{parts['way'][K]:.3f}",
+                    "noise": f"{parts['noise'][K]:.3f}",
+                    "expected": f"{parts['nuclear'][K]:.3f}",
+                    "measured": f"{measured[K].mean():.3f}" if K in measured else "",
+                    "expected slope to 2 K": f"{slopes[K][0]:.3f}",
+                    "measured slope": format_fit(local_slopes(measured)[K]) if 2 * K in measured else "",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def draw(norms: pd.DataFrame, path: Path) -> None:
     """Plot the mean nuclear norm against K for the first shape, one panel per problem, with a line of slope -1/4."""
     m, n = next(iter(SHAPES))
@@ -122,6 +242,28 @@ def draw(norms: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_slopes(norms: pd.DataFrame, expected: pd.DataFrame, path: Path) -> None:
+    """Plot slopes between consecutive horizons, measured with intervals and expected, for the first problem and shape."""
+    problem, (m, n) = next(iter(PROBLEMS)), next(iter(SHAPES))
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for i, (method, chosen) in enumerate(expected.groupby("method", sort=False)):
+        lines = {k: fit[0] for k, fit in local_slopes(chosen.pivot(index="seed", columns="K", values="nuclear")).items()}
+        axes.plot([k * 2**0.5 for k in lines], list(lines.values()), color=f"C{i}", label=f"{method}, expected")
+        fits = local_slopes(wide_norms(norms, problem, method))
+        slope, low, high = np.array(list(fits.values())).T
+        shifted = np.array(list(fits)) * 2 ** (0.5 + 0.1 * (i - 1))
+        axes.errorbar(
+            shifted, slope, (slope - low, high - slope), fmt="o", markersize=4, color=f"C{i}", label=f"{method}, measured"
+        )
+    axes.axhline(-0.25, color="black", linewidth=1, label="slope -1/4")
+    axes.set_xscale("log", base=2)
+    axes.set(title=f"{problem}, {m} x {n}", xlabel="K", ylabel="slope from K / sqrt 2 to K sqrt 2")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(_: Any) -> None:
     """Measure the missing cells, then write the tables, the figure, and the page."""
     output = Path(FLAGS.output_dir)
@@ -129,11 +271,14 @@ def main(_: Any) -> None:
     horizons = [2**i for i in range(6, 17 if FLAGS.full else 13)]
     norms = measure(cells(horizons), output / "norms.csv", run)
     norms = norms[norms["K"].isin(horizons)]
-    tables = {"slopes": slope_table(norms), "sizes": size_table(norms)}
+    expected = expected_norms(EXPLAINED, [2**i for i in range(6, 24)])
+    tables = {"slopes": slope_table(norms), "sizes": size_table(norms), "expected": expected_table(norms, expected)}
+    tables |= {f"local_{name.split(',')[0]}": local_table(norms, name) for name in PROBLEMS}
     for name, table in tables.items():
         table.to_csv(output / f"{name}.csv", index=False)
         print(table.to_string(), "\n")
     draw(norms, output / "convergence.png")
+    draw_slopes(norms, expected, output / "slopes.png")
     page = [
         "# Mean nuclear norm of the gradient against the horizon",
         f"\nK = {horizons[0]} ... {horizons[-1]}, {SEEDS} seeds. Slopes are those of log(mean nuclear norm) against log K, or, "
@@ -142,8 +287,15 @@ def main(_: Any) -> None:
         f"\nSquare shapes at K = {FIXED_HORIZON}:\n",
         tables["sizes"].to_markdown(index=False, disable_numparse=True),
         "\n![mean nuclear norm against the horizon](convergence.png)\n",
+        "# Slopes from each horizon to the next",
     ]
-    (output / "README.md").write_text("\n".join(page))
+    for name in PROBLEMS:
+        page += [f"\n{name}, 8 x 8:\n", tables[f"local_{name.split(',')[0]}"].to_markdown(index=False, disable_numparse=True)]
+    page += [
+        "\n![slopes between horizons, measured and expected](slopes.png)\n",
+        tables["expected"].to_markdown(index=False, disable_numparse=True),
+    ]
+    (output / "tables.md").write_text("\n".join(page) + "\n")
 
 
 if __name__ == "__main__":
