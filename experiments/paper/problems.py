@@ -109,27 +109,28 @@ def make_optimizer(
     factors.
     """
     (m, n), decay = X[0].shape, 1 - K**-0.5
-    eps = 1e-6 / (m * n)
     if method == "SGD":
         return torch.optim.SGD(X, lr, weight_decay=weight_decay)
     if method == "AdamW":
-        return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=eps**0.5, weight_decay=weight_decay)
+        return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=(1e-6 / (m * n)) ** 0.5, weight_decay=weight_decay)
     exponents = METHODS[method]
     assert exponents is not None
-    return AdamWShampoo(
-        X,
-        lr,
-        betas=(decay, decay),
-        eps=eps,
-        relative_eps=False,
-        weight_decay=weight_decay,
-        grafting="none",
-        bias_correction=False,
-        precondition_frequency=1,
-        exponents=exponents,
-        merge_dims=False,
-        block_size=max(m, n),
-    )
+    return AdamWShampoo(X, lr, **shampoo_options(m, n, K), weight_decay=weight_decay, exponents=exponents)
+
+
+def shampoo_options(m: int, n: int, K: int) -> dict[str, Any]:
+    """Return the paper's settings of `AdamWShampoo` for one block (m, n) and horizon K, without exponents."""
+    decay = 1 - K**-0.5
+    return {
+        "betas": (decay, decay),
+        "eps": 1e-6 / (m * n),
+        "relative_eps": False,
+        "grafting": "none",
+        "bias_correction": False,
+        "precondition_frequency": 1,
+        "merge_dims": False,
+        "block_size": max(m, n),
+    }
 
 
 def mean_norms(
