@@ -98,7 +98,7 @@ def page(table: pd.DataFrame) -> str:
             entry = "{:.2f} ({:.2f} to {:.2f})".format(*(row[metric + end] for end in ("", " low", " high")))
             bold = row[metric] == lowest[row["member"]]
             wide.setdefault(row["member"], {})[row["method"]] = f"**{entry}**" if bold else entry
-        lines += [f"{title.capitalize()}, over that of SGD:\n", markdown(pd.DataFrame(wide).T)]
+        lines += [f"{title.capitalize()}, over that of SGD:\n", markdown(pd.DataFrame(wide).T.rename_axis("member"))]
         lines += ["The same, predicted from noise alone:\n", markdown(by_member(table, f"{metric} predicted", "{:.2f}"))]
         known = table[table[f"{metric} predicted"].notna() & (table["method"] != "SGD")]
         errors = np.exp(np.log(known[metric] / known[f"{metric} predicted"]).abs())

@@ -228,7 +228,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
         panels[2].loglog(some["r"] / some[["m", "n"]].sum(axis=1), some["over bound"], marker, base=2, label=family)
     share = np.array([2.0**-10, 0.5])
     panels[2].loglog(share, share**0.5, color="black", linewidth=1, base=2, label="(r / (m + n))^(1/2)")
-    panels[2].set(title="mean nuclear norm of (1/4, 1/4) over sqrt(m + n) C / K^(1/4)", xlabel="r / (m + n)")
+    panels[2].set(title="mean nuclear norm, (1/4, 1/4), over its bound", xlabel="r / (m + n)")
     panels[2].grid(alpha=0.3)
     panels[2].legend()
     canvas.savefig(path, dpi=90)
