@@ -11,8 +11,8 @@ X_1 = 0 and Y*_ij normal with variance 1 / (m n H_ij). Hence C, and with it the 
 The noise dominates the gradient, so that factors approach diagonal matrices in the bases U and W. If they were those of noise
 alone, the methods would divide entry ij of the averaged gradient in these bases by [sum_j V_ij]^(1/p) [sum_i V_ij]^(1/q)
 (Shampoo), by V_ij^(1/2) (SOAP; AdamW if U and W are the identity), or by (l_i r_j)^(1/2), where l_i = mean_j V_ij / r_j and
-r_j = mean_i V_ij / l_i (KL). `condition` is the condition number of the curvature that is then left.
-`predict` has the whole run.
+r_j = mean_i V_ij / l_i (KL). `condition` is the condition number of the curvature that is then left, and `predict` follows the
+whole run.
 """
 
 import math
@@ -35,7 +35,7 @@ class Member(NamedTuple):
     H: Tensor
     V: Tensor
     rotated: bool
-    reason: str  # why its order is what it is
+    reason: str  # for the order of methods
 
 
 def member(H: Tensor, V: Tensor, rotated: bool, reason: str) -> Member:
@@ -91,7 +91,7 @@ def noise(problem: Member, U: Tensor, W: Tensor, drawn: torch.Generator) -> Tens
 
 
 def preconditioner(problem: Member, method: str) -> Tensor | None:
-    """Return by what a method multiplies entry ij of U^T M W if its averages are the expectations of noise alone, up to scale.
+    """Return by what a method multiplies entry ij of U^T M W if its averages are the expectations of noise alone.
 
     None for Muon, and for AdamW in random bases, which do not act on entries.
     """
@@ -112,8 +112,11 @@ def preconditioner(problem: Member, method: str) -> Tensor | None:
 
 
 def condition(problem: Member, method: str) -> float:
-    """Return the condition number of P H, the curvature that is left: P from `preconditioner`, or, for AdamW in random bases,
-    from the variance of each entry, in the geometric mean over the reported seeds. NaN for Muon."""
+    """Return the condition number of P H, the curvature that is left, NaN for Muon.
+
+    P is that of `preconditioner`, or, for AdamW in random bases, from the variance of each entry of the noise; this is the
+    geometric mean over the reported seeds.
+    """
     P = preconditioner(problem, method)
     if P is not None:
         left = P * problem.H

@@ -107,8 +107,8 @@ def page(table: pd.DataFrame) -> str:
             f"Of {len(known)} predictions, {(errors < 1.1).sum()} are within 10 % and {(errors < 1.25).sum()} within 25 %; the "
             f"best step is as predicted in {(away == 0).sum()} cases, and within a factor of 2 in {(away <= 1).sum()}.\n"
         )
-    lines += ["Condition number of the curvature that is left:\n", markdown(by_member(table, "condition", "{:.2g}"))]
-    return "\n".join(lines)
+    conditions = by_member(table, "condition", "{:.2g}").assign(reason=[problem.reason for problem in members().values()])
+    return "\n".join([*lines, "Condition number of the curvature that is left:\n", markdown(conditions)])
 
 
 def by_member(table: pd.DataFrame, column: str, form: str) -> pd.DataFrame:
