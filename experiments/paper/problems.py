@@ -109,30 +109,27 @@ def gain(exponents: tuple[float, float], m: int, n: int, sigma: float = 1.0) -> 
     return math.pow(m / sigma**2, inverse_p) * math.pow(n / sigma**2, inverse_q)
 
 
-def paper_shampoo(
-    exponents: tuple[float, float], X: list[torch.nn.Parameter], lr: float, K: int, weight_decay: float = 0.0
-) -> AdamWShampoo:
-    """Return the paper's method with the averages of the theory for horizon K: 1 - theta = 1 - beta = K^(-1/2).
+def paper_shampoo(X: list[torch.nn.Parameter], lr: float, K: int, **options: Any) -> AdamWShampoo:
+    """Return `AdamWShampoo` with the paper's settings, `options`, such as exponents, and the averages of the theory for horizon
+    K: 1 - theta = 1 - beta = K^(-1/2).
 
     epsilon = 1e-6 sigma^2 / (m n) is a millionth of the noise variance of an entry: far below the eigenvalues of the factors,
     which the noise bounds from below, so that the method does not reduce to SGD, and above the float32 rounding error of the
     factors.
     """
     (m, n), decay = X[0].shape, 1 - K**-0.5
-    return AdamWShampoo(
-        X,
-        lr,
-        betas=(decay, decay),
-        eps=1e-6 / (m * n),
-        relative_eps=False,
-        weight_decay=weight_decay,
-        grafting="none",
-        bias_correction=False,
-        precondition_frequency=1,
-        exponents=exponents,
-        merge_dims=False,
-        block_size=max(m, n),
-    )
+    settings: dict[str, Any] = {
+        "betas": (decay, decay),
+        "eps": 1e-6 / (m * n),
+        "relative_eps": False,
+        "weight_decay": 0.0,
+        "grafting": "none",
+        "bias_correction": False,
+        "precondition_frequency": 1,
+        "merge_dims": False,
+        "block_size": max(m, n),
+    }
+    return AdamWShampoo(X, lr, **{**settings, **options})
 
 
 def make_optimizer(
@@ -141,7 +138,7 @@ def make_optimizer(
     """Return an optimizer of METHODS: `paper_shampoo`, SGD, or AdamW with the same averages and the same epsilon."""
     exponents, decay = METHODS[method], 1 - K**-0.5
     if exponents is not None:
-        return paper_shampoo(exponents, X, lr, K, weight_decay)
+        return paper_shampoo(X, lr, K, exponents=exponents, weight_decay=weight_decay)
     if method == "SGD":
         return torch.optim.SGD(X, lr, weight_decay=weight_decay)
     return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=1e-3 * X[0].numel() ** -0.5, weight_decay=weight_decay)

@@ -93,7 +93,7 @@ def run(problem: str, inverse_p: float, inverse_q: float, m: int, n: int, K: int
 
     def norms(steps: np.ndarray) -> pd.DataFrame:
         scales = torch.tensor(steps, dtype=torch.float32)
-        chunks = trajectory(chosen, A, B, K, lambda X, _: paper_shampoo(exponents, X, 1.0, K), scales)
+        chunks = trajectory(chosen, A, B, K, lambda X, _: paper_shampoo(X, 1.0, K, exponents=exponents), scales)
         nuclear = torch.stack([torch.linalg.svdvals(G).sum(dim=-1).sum(dim=0) for _, G in chunks]).sum(dim=0) / K
         tables = [
             pd.DataFrame({"step": step, "seed": range(SEEDS), "nuclear": x.numpy()})

@@ -83,11 +83,11 @@ def test_measuring_resumes_where_it_stopped(tmp_path):
 
 def test_copies_of_a_trajectory_have_their_own_step_sizes():
     problem, (A, B), scales = PROBLEMS["log, Gaussian noise"], draw_data(4, 3), torch.tensor([0.5, 3.0])
-    chunks = trajectory(problem, A, B, 300, lambda X, _: paper_shampoo((0.25, 0.25), X, 0.02, 300), scales)
+    chunks = trajectory(problem, A, B, 300, lambda X, _: paper_shampoo(X, 0.02, 300, exponents=0.25), scales)
     X, G = (torch.cat(parts) for parts in zip(*chunks))
     assert X.shape == G.shape == (300, 2, SEEDS, 4, 3)
     for i, lr in enumerate([0.01, 0.06]):
-        chunks = trajectory(problem, A, B, 300, lambda params, _, lr=lr: paper_shampoo((0.25, 0.25), params, lr, 300))
+        chunks = trajectory(problem, A, B, 300, lambda params, _, lr=lr: paper_shampoo(params, lr, 300, exponents=0.25))
         alone = torch.cat([x for x, _ in chunks])
         torch.testing.assert_close(X[:, i], alone, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(G[:, i], gradient(problem, A, B, X[:, i]))
@@ -120,7 +120,7 @@ def test_guessed_steps_move_as_far_as_those_of_sgd_in_white_noise(exponents, m, 
     lengths = []
     for pair in (exponents, (0.0, 0.0)):
         lr = sums.guess_step(problem, pair, m, n, K, sigma)
-        chunks = trajectory(flat, *draw_data(m, n), K, lambda X, _, pair=pair, lr=lr: paper_shampoo(pair, X, lr, K))
+        chunks = trajectory(flat, *draw_data(m, n), K, lambda X, _, pair=pair, lr=lr: paper_shampoo(X, lr, K, exponents=pair))
         X = torch.cat([X for X, _ in chunks])[K // 2 :]
         lengths.append((X[1:] - X[:-1]).square().sum(dim=(-2, -1)).mean().sqrt().item())
     assert lengths[0] == pytest.approx(lengths[1], rel=0.25)
@@ -166,7 +166,7 @@ def test_residual_is_zero_where_decay_and_noisy_gradients_hold_weights(name, siz
     problem, G = PROBLEMS[name], torch.randn(m, n)
     G *= size / torch.linalg.matrix_norm(G)
     same = problem._replace(noise=lambda m, n, generator: G + problem.noise(m, n, generator), slope=torch.zeros_like)
-    chunks = trajectory(same, *draw_data(m, n), K, lambda X, _: paper_shampoo((0.25, 0.25), X, 0.005, K, c))
+    chunks = trajectory(same, *draw_data(m, n), K, lambda X, _: paper_shampoo(X, 0.005, K, exponents=0.25, weight_decay=c))
     X = torch.cat([X for X, _ in chunks])[K // 2 :].mean(dim=(0, 1))
     found = decay.stationarity(X, G, c, decay.noise_moments(problem, m, n))
     assert found["residual"] < 0.15 * found["nuclear"]
