@@ -1,4 +1,4 @@
-"""Measure the paper's convergence rate: `python -m experiments.paper.horizons --output_dir=DIR`; three minutes, `--full` 30.
+"""Measure the paper's convergence rate: `python -m experiments.paper.horizons --output_dir=DIR`; five minutes, `--full` 20.
 
 For X of shape (m, n) and 1/p + 1/q = 1/2, Li, Dong & Lin (arXiv 2601.07326) bound the mean nuclear norm of the gradient,
 (1/K) sum_k E ||grad f(X_k)||_*, by O(sqrt(m + n) C / K^(1/4)), where C^4 is of order sigma^2 L (f(X_1) - inf f). Measure this
@@ -59,6 +59,7 @@ LAST = 3  # number of horizons in the slope at the end
 SUM_HALF = ["1/4, 1/4", "1/2, 0"]
 SHAPES = {(8, 8): list(METHODS), (16, 4): SUM_HALF, (4, 16): SUM_HALF}
 WIDTHS, FIXED_HORIZON = [4, 8, 16, 32], 1024  # square matrices at one horizon
+SHORT, LONG = 4096, ["1/4, 1/4", "1/2, 0", "1/2, 1/2", "SGD", "AdamW"]  # only these, and the first shape, for K > SHORT
 EXPLAINED = ["1/4, 1/4", "AdamW", "SGD"]  # by gradient flow and noise, for the problem with white noise
 FLOW_STEP = 1 / 16  # of gradient descent that stands for gradient flow, far below 1 / L
 
@@ -83,7 +84,10 @@ def run(problem: str, m: int, n: int, method: str, K: int) -> pd.DataFrame:
 
 def cells(horizons: list[int]) -> list[Cell]:
     """Return every cell once, in order of increasing K."""
-    wanted = [(m, n, method, K) for K in horizons for (m, n), methods in SHAPES.items() for method in methods]
+    every = [(m, n, method) for (m, n), methods in SHAPES.items() for method in methods]
+    wanted = [
+        (*case, K) for K in horizons for case in every if K <= SHORT or (case[:2] == next(iter(SHAPES)) and case[2] in LONG)
+    ]
     wanted += [(width, width, method, FIXED_HORIZON) for width in WIDTHS for method in [*SUM_HALF, "SGD"]]
     ordered = sorted(dict.fromkeys(wanted), key=lambda cell: cell[3])
     return [Cell(name, *cell) for cell in ordered for name in PROBLEMS]
@@ -105,10 +109,11 @@ def slope_table(norms: pd.DataFrame) -> pd.DataFrame:
                         "problem": name,
                         "m, n": f"{m}, {n}",
                         "1/p, 1/q": method,
+                        "K up to": f"{K[-1]:.0f}",
                         "slope": format_fit(fit_slope(values, K)),
                         f"slope, last {LAST}": format_fit(fit_slope(values[:, -LAST:], K[-LAST:])),
                         "Frobenius, all": format_fit(fit_slope(wide["frobenius"].to_numpy(), K)),
-                        f"mean at K = {K[-1]:.0f}": f"{values[:, -1].mean():.3f}",
+                        "mean at last K": f"{values[:, -1].mean():.3f}",
                         "over that at X_1": f"{(values[:, -1].mean() / wide['first'].to_numpy()[:, -1].mean()):.3f}",
                     }
                 )
@@ -148,7 +153,7 @@ def local_table(norms: pd.DataFrame, problem: str) -> pd.DataFrame:
     for method in METHODS:
         fits = local_slopes(wide_norms(norms, problem, method))
         columns[method] = {f"{k} to {2 * k}": format_fit(fit) for k, fit in fits.items()}
-    return pd.DataFrame(columns).rename_axis("K").reset_index()
+    return pd.DataFrame(columns).rename_axis("K").reset_index().fillna("")
 
 
 def effective_step(method: str, m: int, n: int, K: int, L: float, gap: float) -> float:
@@ -232,7 +237,7 @@ def draw(norms: pd.DataFrame, path: Path) -> None:
         K, top = means.index.to_numpy(dtype=float), chosen.groupby(["method", "K"])["nuclear"].mean().max()
         axes.loglog(K, 1.15 * top * (K / K[0]) ** -0.25, color="black", linewidth=1, base=2, label="slope -1/4")
         axes.set_yscale("log", base=10)
-        axes.yaxis.set_major_locator(ticker.FixedLocator([0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8]))
+        axes.yaxis.set_major_locator(ticker.FixedLocator([0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8]))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.set(title=f"{name}, {m} x {n}", xlabel="horizon K", ylabel="mean nuclear norm of the gradient")
@@ -299,7 +304,7 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_boolean("full", False, "extend the horizons from 4,096 to 65,536")
+    flags.DEFINE_boolean("full", False, "extend the horizons from 4,096 to 65,536 for five methods")
     flags.DEFINE_string(
         "output_dir", None, "folder for results; existing results are kept and only missing cells run", required=True
     )
