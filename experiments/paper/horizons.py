@@ -12,12 +12,10 @@ not reduce to SGD, and above the float32 rounding error of the factors. Finished
 same command resumes an interrupted run.
 
 What to expect where f is quadratic and white noise dominates the gradient, so that every method is SGD with a step size e (see
-`effective_step`), near which the gradient is Gaussian with
+`effective_step`): the gradient is the sum of that of gradient flow at the time e k, whose mean over K steps falls at most like
+1 / (e K), that is, K^(-1/2), and of
 
-    E ||grad f||_* = sqrt(e L / (2 m n)) E ||A^T Z||_*,  Z standard normal,    which falls like sqrt(e), that is, K^(-1/4),
-
-plus what is left of the way to a minimizer. The latter depends on e k alone, so that its mean over K steps is that of gradient
-flow over the time e K, which falls at most like 1 / (e K), that is, K^(-1/2).
+    sqrt(e L / (2 m n)) A^T Z,  Z standard normal,    which falls like sqrt(e), that is, K^(-1/4).
 """
 
 import math
@@ -166,40 +164,46 @@ def effective_step(method: str, m: int, n: int, K: int, L: float, gap: float) ->
     return scale * theory_rate(method, m, n, K, L, gap)
 
 
-def flow_norms(problem: Problem, A: Tensor, B: Tensor, duration: float) -> Tensor:
-    """Return the nuclear norms of the gradient along gradient flow from 0, every FLOW_STEP, of shape (steps, S)."""
+def nuclear_norm(X: Tensor) -> Tensor:
+    """Return the nuclear norms of matrices."""
+    singular_values: Tensor = torch.linalg.svdvals(X)
+    return singular_values.sum(dim=-1)
+
+
+def flow_gradients(problem: Problem, A: Tensor, B: Tensor, duration: float) -> Tensor:
+    """Return the gradients along gradient flow from 0, every FLOW_STEP, of shape (steps, S, m, n)."""
     quiet = problem._replace(noise=lambda m, n, _: torch.zeros(m, n))
-    chunks = trajectory(quiet, A, B, math.ceil(duration / FLOW_STEP), lambda X, _: torch.optim.SGD(X, FLOW_STEP))
-    return torch.cat([torch.linalg.svdvals(G).sum(dim=-1) for _, G in chunks])
+    steps = math.ceil(duration / FLOW_STEP)
+    return torch.cat([G for _, G in trajectory(quiet, A, B, steps, lambda X, _: torch.optim.SGD(X, FLOW_STEP))])
 
 
-def noise_floor(A: Tensor, n: int, L: float, step: float) -> Tensor:
-    """Return sqrt(step L / (2 m n)) E ||A^T Z||_* of each seed, Z (m, n) standard normal, over 1,000 draws."""
-    m = A.shape[-1]
-    Z = torch.randn(1000, 1, m, n, generator=torch.Generator().manual_seed(0))
-    singular_values: Tensor = torch.linalg.svdvals(A.mT @ Z)
-    return math.sqrt(step * L / (2 * m * n)) * singular_values.sum(dim=-1).mean(dim=0)
+def noise_gradients(A: Tensor, n: int, L: float, step: float, draws: int) -> Tensor:
+    """Return sqrt(step L / (2 m n)) A^T Z, Z (m, n) standard normal, of shape (draws, S, m, n)."""
+    Z = torch.randn(draws, *A.shape[:2], n, generator=torch.Generator().manual_seed(0))
+    return math.sqrt(step * L / (2 * A.shape[-1] * n)) * A.mT @ Z
 
 
 def expected_norms(methods: Sequence[str], horizons: Sequence[int]) -> pd.DataFrame:
-    """Return one row per method, horizon, and seed: what the way to a minimizer and noise contribute to the mean nuclear norm,
-    and the mean over the steps of the square root of the sum of their squares. First problem and first shape.
+    """Return one row per method, horizon, and seed: the mean nuclear norms of the gradient on the way to a minimizer, of what
+    noise adds to it, and of their sum. First problem and first shape.
     """
     problem, (m, n) = next(iter(PROBLEMS.values())), next(iter(SHAPES))
     A, B = draw_data(m, n)
     L, gap = problem.smoothness, loss(problem, A, B, torch.zeros_like(B)).mean().item()
     steps = {(method, K): effective_step(method, m, n, K, L, gap) for method in methods for K in horizons}
-    flow = flow_norms(problem, A, B, max(K * step for (_, K), step in steps.items()))
+    flow = flow_gradients(problem, A, B, max(K * step for (_, K), step in steps.items()))
     tables = []
     for (method, K), step in steps.items():
-        way, noise = flow[: round(K * step / FLOW_STEP)], noise_floor(A, n, L, step)
-        columns = {"way": way.mean(dim=0), "noise": noise, "nuclear": (way**2 + noise**2).sqrt().mean(dim=0)}
-        tables.append(pd.DataFrame({"method": method, "K": K, "seed": range(SEEDS), **columns}))
+        way = flow[: round(K * step / FLOW_STEP)]
+        noise = noise_gradients(A, n, L, step, len(way))
+        parts = {"way": way, "noise": noise, "nuclear": way + noise}
+        means = {name: nuclear_norm(G).mean(dim=0) for name, G in parts.items()}
+        tables.append(pd.DataFrame({"method": method, "K": K, "seed": range(SEEDS), **means}))
     return pd.concat(tables, ignore_index=True)
 
 
 def expected_table(norms: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per method and every fourth horizon: measured and expected means, and expected slopes to the next."""
+    """Return one row per method and every second horizon: measured and expected means, and expected slopes to the next."""
     rows = []
     for method, chosen in expected.groupby("method", sort=False):
         measured, wide = (
@@ -276,7 +280,7 @@ def main(_: Any) -> None:
     horizons = [2**i for i in range(6, 17 if FLAGS.full else 13)]
     norms = measure(cells(horizons), output / "norms.csv", run)
     norms = norms[norms["K"].isin(horizons)]
-    expected = expected_norms(EXPLAINED, [2**i for i in range(6, 24)])
+    expected = expected_norms(EXPLAINED, [2**i for i in range(6, 25)])
     tables = {"slopes": slope_table(norms), "sizes": size_table(norms), "expected": expected_table(norms, expected)}
     tables |= {f"local_{name.split(',')[0]}": local_table(norms, name) for name in PROBLEMS}
     for name, table in tables.items():
