@@ -1,4 +1,4 @@
-"""Measure the step size that each sum of exponents needs: `python -m experiments.paper.sums --output_dir=DIR`; 15 minutes.
+"""Measure the step size that each sum of exponents needs: `python -m experiments.paper.sums --output_dir=DIR`; ten minutes.
 
 If white noise of E ||N||_F^2 = sigma^2 dominates the gradient, L is about (sigma^2 / m) I and R about (sigma^2 / n) I, so that
 the direction is c M with c = (m / sigma^2)^(1/p) (n / sigma^2)^(1/q): momentum SGD with step size c eta. SGD's step size in the
@@ -41,6 +41,7 @@ BASE: dict[str, float] = {"m": 8, "n": 8, "K": 1024, "sigma": 1.0}
 AXES: dict[str, list[dict[str, float]]] = {  # settings that differ from BASE along each axis
     "K": [{"K": K} for K in (256, 1024, 4096)],
     "sigma": [{"sigma": sigma} for sigma in (0.25, 1.0, 4.0)],
+    "sigma, 1 to 4": [{"sigma": sigma} for sigma in (1.0, 4.0)],
     "m = n": [{"m": width, "n": width} for width in (4, 8, 16, 32)],
     "m / n": [{"m": m, "n": 64 // m} for m in (4, 8, 16)],
 }
@@ -67,7 +68,7 @@ def predicted_powers(exponents: tuple[float, float]) -> dict[str, float]:
     """Return the powers of the best step size along AXES."""
     inverse_p, inverse_q = exponents
     s = inverse_p + inverse_q
-    return {"K": -0.5, "sigma": 2 * s - 1, "m = n": -s, "m / n": (inverse_q - inverse_p) / 2}
+    return {"K": -0.5, "sigma": 2 * s - 1, "sigma, 1 to 4": 2 * s - 1, "m = n": 0 - s, "m / n": (inverse_q - inverse_p) / 2}
 
 
 def climb(norms: Callable[[np.ndarray], pd.DataFrame], guess: float) -> pd.DataFrame:
@@ -146,8 +147,8 @@ def format_pair(pair: tuple[float, float]) -> str:
 
 
 def verdict(fit: tuple[float, float, float], predicted: float) -> str:
-    """Say whether the interval contains the prediction, or how far the slope is from it."""
-    return "yes" if fit[1] <= predicted <= fit[2] else f"{fit[0] - predicted:+.3f}"
+    """Format the prediction, and say whether the interval contains it, or how far the slope is from it."""
+    return f"{predicted:g}, " + ("met" if fit[1] <= predicted <= fit[2] else f"off by {fit[0] - predicted:+.3f}")
 
 
 def power_table(best: pd.DataFrame, relative: bool) -> pd.DataFrame:
@@ -163,7 +164,7 @@ def power_table(best: pd.DataFrame, relative: bool) -> pd.DataFrame:
                     values = values / along(best, name, PAIRS[0], axis, "step")[0]
                     predicted -= predicted_powers(PAIRS[0])[axis]
                 fit = fit_slope(values, x)
-                row |= {axis: format_fit(fit), f"{axis}, predicted": f"{predicted:g}", f"{axis}, met": verdict(fit, predicted)}
+                row |= {axis: format_fit(fit), f"{axis}: predicted": verdict(fit, predicted)}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -199,9 +200,10 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def draw(best: pd.DataFrame, path: Path) -> None:
     """Plot best step sizes over those of momentum SGD, scaled to 1 at the smallest point, with the predictions."""
-    figure, panels = plt.subplots(len(PROBLEMS), len(AXES), figsize=(17, 8.5), layout="constrained")
+    drawn = ["K", "sigma", "m = n", "m / n"]
+    figure, panels = plt.subplots(len(PROBLEMS), len(drawn), figsize=(17, 8.5), layout="constrained")
     for row, name in zip(panels, PROBLEMS, strict=True):
-        for axes, axis in zip(row, AXES, strict=True):
+        for axes, axis in zip(row, drawn, strict=True):
             for pair in PAIRS[1:]:
                 values, x = along(best, name, pair, axis, "step")
                 ratio = np.exp(np.log(values / along(best, name, PAIRS[0], axis, "step")[0]).mean(axis=0))
@@ -213,8 +215,9 @@ def draw(best: pd.DataFrame, path: Path) -> None:
             axes.set_yscale("log", base=2)
             axes.set(title=name, xlabel=axis)
             axes.grid(alpha=0.3)
+        row[0].set_ylim(0.5, 2)
         row[0].set_ylabel("best step over momentum SGD's, scaled")
-    panels[0, 0].legend(title="1/p, 1/q", fontsize=8, ncols=2)
+    panels[0, 0].legend(title="1/p, 1/q", fontsize=8, ncols=2, loc="lower left")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -233,8 +236,8 @@ def main(_: Any) -> None:
     page = [
         "# Step sizes for exponents with other sums",
         f"\n{SEEDS} seeds; K = 1024, sigma = 1, and m = n = 8 unless varied. Powers of the best step size over that of "
-        "momentum SGD, (0, 0), with 95 % t intervals over seeds, next to the prediction; met: whether the interval contains "
-        "it, otherwise the difference.\n",
+        "momentum SGD, (0, 0), with 95 % t intervals over seeds, next to the prediction, which is met if the interval "
+        "contains it.\n",
         to_markdown(tables["relative"]),
         "\nPowers of the best step size itself:\n",
         to_markdown(tables["absolute"]),
