@@ -80,7 +80,7 @@ def root_in_basis(Q: Tensor, AQ: Tensor, s: Tensor, p: float, eps: Tensor) -> tu
 
     With f(x) = x^(-p) and b = s diag B + eps, this is Q (diag f(b) + D o s (B - diag B)) Q^T with the divided differences
     D_ij = (f(b_i) - f(b_j)) / (b_i - b_j) (Daleckii & Krein), or f'(b_i) for b_i = b_j. It equals Z (I + K) Z^T for
-    Z = Q diag(b^(-p/2)), and is reliable if no eigenvalue of K is below -1/2. Negative b are shifted as in `eigen_power`.
+    Z = Q diag(b^(-p/2)), and is reliable if ||K||_2 < 1/2. Negative b are shifted as in `eigen_power`.
     """
     B = Q.mT @ AQ * s.unsqueeze(2)
     b = B.diagonal(dim1=1, dim2=2)
@@ -92,7 +92,8 @@ def root_in_basis(Q: Tensor, AQ: Tensor, s: Tensor, p: float, eps: Tensor) -> tu
     K = (K + K.mT) / 2
     K.diagonal(dim1=1, dim2=2).zero_()
     Z, eye = Q * b.pow(-p / 2).unsqueeze(1), torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
-    return Z @ (eye + K) @ Z.mT, torch.linalg.cholesky_ex(eye + 2 * K).info == 0
+    reliable = (torch.linalg.cholesky_ex(torch.stack([eye + 2 * K, eye - 2 * K])).info == 0).all(dim=0)
+    return Z @ (eye + K) @ Z.mT, reliable
 
 
 def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
