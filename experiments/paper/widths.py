@@ -35,8 +35,8 @@ from matplotlib import pyplot as plt
 FLAGS = flags.FLAGS
 
 WIDTHS = (32, 64, 128, 256)
-STEPS, EVERY = 200, 20
-BATCH, LARGE = 64, 512  # examples
+STEPS, EVERY = 80, 20
+BATCH, LARGE = 32, 256  # examples
 RATE = 0.007 * 64  # learning rate times width
 KINDS = ("qkv", "out", "up", "down")  # (3 w, w), (w, w), (2 w, w), (w, 2 w)
 SOURCES = {"batch": f"batch of {BATCH}", "large": f"batch of {LARGE}"}
