@@ -1,4 +1,4 @@
-"""The paper's condition on norms, by the width of a model: `python -m experiments.paper.widths --output_dir=DIR`; TODO.
+"""The paper's condition on norms, by the width of a model: `python -m experiments.paper.widths --output_dir=DIR`; minutes.
 
 Train the vision Transformer of mnist_vit at several widths w, on ten seeds, with `AdamWShampoo`, whose learning rate is in
 proportion to 1 / w. Every few steps, compute the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) for the matrices of its layers, all
@@ -35,7 +35,7 @@ from matplotlib import pyplot as plt
 FLAGS = flags.FLAGS
 
 WIDTHS = (32, 64, 128, 256)
-STEPS, EVERY = 80, 20
+STEPS, EVERY = 200, 40
 BATCH, LARGE = 32, 256  # examples
 RATE = 0.007 * 64  # learning rate times width
 KINDS = ("qkv", "out", "up", "down")  # (3 w, w), (w, w), (2 w, w), (w, 2 w)
@@ -117,7 +117,7 @@ def width_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(rows: pd.DataFrame, path: Path) -> None:
-    """Plot the ratio of each kind against the width, one panel per source of the gradient."""
+    """Plot the ratio of each kind against the width, mean and standard deviation over seeds, a panel per source."""
     canvas, panels = plt.subplots(1, len(SOURCES), sharey=True, figsize=(11, 4.4), layout="constrained")
     for axes, (source, title) in zip(panels, SOURCES.items(), strict=True):
         for name, wide in by_kind(rows, source).items():
@@ -133,7 +133,7 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("||G||_* / (sqrt(w) ||G||_F)")
-    panels[-1].legend(fontsize="small")
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     canvas.savefig(path, dpi=90)
     plt.close(canvas)
 
