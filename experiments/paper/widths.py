@@ -1,4 +1,4 @@
-"""The paper's condition on norms, by the width of a model: `python -m experiments.paper.widths --output_dir=DIR`; minutes.
+"""The paper's condition on norms, by the width of a model: `python -m experiments.paper.widths --output_dir=DIR`; 7 minutes.
 
 Train the vision Transformer of mnist_vit at several widths w, on ten seeds, with `AdamWShampoo`, whose learning rate is in
 proportion to 1 / w. Every few steps, compute the ratio ||G||_* / (sqrt(min(m, n)) ||G||_F) for the matrices of its layers, all
@@ -101,8 +101,8 @@ def by_kind(rows: pd.DataFrame, source: str) -> dict[str, pd.DataFrame]:
 
 
 def width_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per source of the gradient and kind: the mean ratio at each width, and slopes of the log ratio, over all
-    steps and at the first and last that were measured."""
+    """Return one row per source of the gradient and kind: the mean ratio at each width, and slopes of the log ratio over all
+    steps, at the first and the last that were measured, and over all steps between the two largest widths."""
     first, last = (rows[rows["step"] == step] for step in (rows["step"].min(), rows["step"].max()))
     found = []
     for source, title in SOURCES.items():
@@ -112,6 +112,8 @@ def width_table(rows: pd.DataFrame) -> pd.DataFrame:
             means = {f"w = {width}": value for width, value in wide.mean().items()}
             widths = wide.columns.to_numpy(dtype=float)
             slopes = {f"slope, {part}": format_fit(fit_slope(x[name].to_numpy(), widths)) for part, x in ratios.items()}
+            end = format_fit(fit_slope(wide.to_numpy()[:, -2:], widths[-2:]))
+            slopes[f"slope, {widths[-2]:.0f} to {widths[-1]:.0f}"] = end
             found.append({"gradient": title, "matrices": name, **means, **slopes})
     return pd.DataFrame(found)
 

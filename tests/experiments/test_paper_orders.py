@@ -232,7 +232,7 @@ def test_width_table_finds_the_slopes_of_known_power_laws():
     table = widths.width_table(pd.DataFrame(rows))
     batch = table[table["gradient"] == widths.SOURCES["batch"]].set_index("matrices")
     for kind, exponent in {**exponents, "all": -0.25}.items():
-        for column in ("slope, all steps", "slope, step 20", "slope, step 60"):
+        for column in ("slope, all steps", "slope, step 20", "slope, step 60", "slope, 16 to 32"):
             assert float(batch.loc[kind, column].split()[0]) == pytest.approx(exponent, abs=1e-6)
     large = table[table["gradient"] == widths.SOURCES["large"]].set_index("matrices")
     assert float(large.loc["qkv", "slope, all steps"].split()[0]) == pytest.approx(-0.6, abs=0.02)
