@@ -109,6 +109,8 @@ OPTIMIZERS: dict[str, Constructor] = {
     "shampoo": shampoo(),
     "shampoo, defaults": defaults(),
     "shampoo, defaults, eigh": defaults(solver="eigh"),
+    "shampoo, defaults, staggered": defaults(stagger=True),
+    "shampoo, defaults, blocks of 2048": defaults(block_size=2048),
     "shampoo, defaults, soap": defaults(preconditioner="soap"),
     "shampoo, qr": shampoo(solver="qr"),
     "shampoo, newton": shampoo(solver="newton", exponents=0.5, eps=1e-4, relative_eps=True),

@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from shampoo import AdamWShampoo
-
-from .problems import make_optimizer, shampoo_options
+from .problems import make_optimizer, paper_shampoo
 
 OPTIONS: dict[str, dict[str, Any]] = {  # beyond the paper's settings
     "1/4, 1/4": {"exponents": (0.25, 0.25)},
@@ -31,4 +29,4 @@ def make(method: str, X: list[torch.nn.Parameter], lr: float, K: int) -> torch.o
         return torch.optim.Muon(X, lr, weight_decay=0.0, momentum=theta, nesterov=False)
     if method == "AdamW":
         return make_optimizer(method, X, lr, K)
-    return AdamWShampoo(X, lr, **{**shampoo_options(X[0].shape[0], X[0].shape[1], K), **OPTIONS[method]})
+    return paper_shampoo(X, lr, K, **OPTIONS[method])

@@ -1,7 +1,7 @@
 """Problems with known constants for the paper's claims, the table of measured cells, and the slopes with their intervals."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +18,8 @@ from runner.files import replacing
 from shampoo import AdamWShampoo
 
 SEEDS = 10
-CHUNK = 1024  # steps per batch of singular value decompositions
+CHUNK = 256  # steps per batch of singular value decompositions
+Factory = Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]  # from the parameters and f(X_1) - inf f
 METHODS: dict[str, tuple[float, float] | None] = {  # (1/p, 1/q)
     "1/4, 1/4": (0.25, 0.25),
     "1/2, 0": (0.5, 0.0),
@@ -73,13 +74,13 @@ def draw_data(m: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def loss(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
-    """Return f(X) for each seed, shape (S,)."""
+    """Return f(X) for each seed: shape (..., S) for X of shape (..., S, m, n)."""
     d2 = 1 / B[0].numel()
-    return d2 * problem.phi((A @ X - B) / d2**0.5).sum(dim=(1, 2))
+    return d2 * problem.phi((A @ X - B) / d2**0.5).sum(dim=(-2, -1))
 
 
 def gradient(problem: Problem, A: Tensor, B: Tensor, X: Tensor) -> Tensor:
-    """Return grad f(X) = d A^T phi'((A X - B) / d) for each seed, shape (S, m, n)."""
+    """Return grad f(X) = d A^T phi'((A X - B) / d) for each seed, of the shape of X, (..., S, m, n)."""
     d = 1 / math.sqrt(B[0].numel())
     return d * A.mT @ problem.slope((A @ X - B) / d)
 
@@ -99,64 +100,82 @@ def theory_rate(method: str, m: int, n: int, K: int, L: float, gap: float) -> fl
     return step / math.sqrt(m + n) * math.pow(m * n, 0.25 - sum(exponents) / 2)
 
 
-def make_optimizer(
-    method: str, X: list[torch.nn.Parameter], lr: float, K: int, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """Return an optimizer of METHODS with the averages of the theory for horizon K: 1 - theta = 1 - beta = K^(-1/2).
+def gain(exponents: tuple[float, float], m: int, n: int, sigma: float = 1.0) -> float:
+    """Return c = (m / sigma^2)^(1/p) (n / sigma^2)^(1/q): the direction is c M if white noise dominates the gradient.
+
+    The m n entries of the noise then have variance sigma^2 / (m n), so that L is about (sigma^2 / m) I and R (sigma^2 / n) I.
+    """
+    inverse_p, inverse_q = exponents
+    return math.pow(m / sigma**2, inverse_p) * math.pow(n / sigma**2, inverse_q)
+
+
+def paper_shampoo(X: list[torch.nn.Parameter], lr: float, K: int, **options: Any) -> AdamWShampoo:
+    """Return `AdamWShampoo` with the paper's settings, `options`, such as exponents, and the averages of the theory for horizon
+    K: 1 - theta = 1 - beta = K^(-1/2).
 
     epsilon = 1e-6 sigma^2 / (m n) is a millionth of the noise variance of an entry: far below the eigenvalues of the factors,
     which the noise bounds from below, so that the method does not reduce to SGD, and above the float32 rounding error of the
     factors.
     """
     (m, n), decay = X[0].shape, 1 - K**-0.5
-    if method == "SGD":
-        return torch.optim.SGD(X, lr, weight_decay=weight_decay)
-    if method == "AdamW":
-        return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=(1e-6 / (m * n)) ** 0.5, weight_decay=weight_decay)
-    exponents = METHODS[method]
-    assert exponents is not None
-    return AdamWShampoo(X, lr, **shampoo_options(m, n, K), weight_decay=weight_decay, exponents=exponents)
-
-
-def shampoo_options(m: int, n: int, K: int) -> dict[str, Any]:
-    """Return the paper's settings of `AdamWShampoo` for one block (m, n) and horizon K, without exponents."""
-    decay = 1 - K**-0.5
-    return {
+    settings: dict[str, Any] = {
         "betas": (decay, decay),
         "eps": 1e-6 / (m * n),
         "relative_eps": False,
+        "weight_decay": 0.0,
         "grafting": "none",
         "bias_correction": False,
         "precondition_frequency": 1,
         "merge_dims": False,
         "block_size": max(m, n),
     }
+    return AdamWShampoo(X, lr, **{**settings, **options})
 
 
-def mean_norms(
-    problem: Problem, m: int, n: int, K: int, make_optimizer: Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]
-) -> pd.DataFrame:
-    """Return one row per seed: the nuclear and Frobenius norms of the noise-free gradient, averaged over X_1 = 0, ..., X_K, and
-    the nuclear norm at X_1. All seeds are blocks of one stack, so that they train together.
+def make_optimizer(
+    method: str, X: list[torch.nn.Parameter], lr: float, K: int, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return an optimizer of METHODS: `paper_shampoo`, SGD, or AdamW with the same averages and the same epsilon."""
+    exponents, decay = METHODS[method], 1 - K**-0.5
+    if exponents is not None:
+        return paper_shampoo(X, lr, K, exponents=exponents, weight_decay=weight_decay)
+    if method == "SGD":
+        return torch.optim.SGD(X, lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(X, lr, betas=(decay, decay), eps=1e-3 * X[0].numel() ** -0.5, weight_decay=weight_decay)
 
-    make_optimizer(parameters, gap) gets one parameter per seed and gap = f(X_1) - inf f, averaged over seeds.
+
+def trajectory(
+    problem: Problem, A: Tensor, B: Tensor, K: int, make_optimizer: Factory, scales: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield X_1 = 0, ..., X_K and the noise-free gradients there, in chunks of shape (steps, ..., S, m, n).
+
+    All seeds are blocks of one stack, so that they train together. With scales (J,), so do J copies of each, with the same
+    noise: copy j minimizes over Y = X / scales[j] with the gradient with respect to X, and its chunks have shape (steps, J, S,
+    m, n). As directions depend on the gradients alone, its step size in X is scales[j] times that of the optimizer.
     """
-    A, B = draw_data(m, n)
-    weights, noisy = torch.zeros(SEEDS, m, n), torch.zeros(SEEDS, m, n)
-    X = [torch.nn.Parameter(x) for x in weights]  # views: the optimizer updates `weights`
-    for x, G in zip(X, noisy, strict=True):
-        x.grad = G
-    optimizer = make_optimizer(X, loss(problem, A, B, weights).mean().item())
+    m, n = B.shape[1:]
+    scale = torch.ones(()) if scales is None else scales[:, None, None, None]
+    Y, noisy = (torch.zeros(scale.shape[:1] + B.shape) for _ in range(2))
+    parameters = [torch.nn.Parameter(y) for y in Y.flatten(0, -3)]  # views: the optimizer updates Y
+    for y, G in zip(parameters, noisy.flatten(0, -3), strict=True):
+        y.grad = G
+    optimizer = make_optimizer(parameters, loss(problem, A, B, torch.zeros_like(B)).mean().item())
     generator = torch.Generator().manual_seed(K)
-    chunks = []
     for first in range(0, K, CHUNK):
-        gradients = torch.empty(min(CHUNK, K - first), SEEDS, m, n)
-        for G in gradients:
-            G.copy_(gradient(problem, A, B, weights))
+        X, gradients = (torch.empty(min(CHUNK, K - first), *Y.shape) for _ in range(2))
+        for x, G in zip(X, gradients, strict=True):
+            torch.mul(scale, Y, out=x)
+            G.copy_(gradient(problem, A, B, x))
             torch.add(G, problem.noise(m, n, generator), out=noisy)
             optimizer.step()
-        chunks.append(torch.linalg.svdvals(gradients))
-    singular_values = torch.cat(chunks)
+        yield X, gradients
+
+
+def mean_norms(problem: Problem, m: int, n: int, K: int, make_optimizer: Factory) -> pd.DataFrame:
+    """Return one row per seed: the nuclear and Frobenius norms of the noise-free gradient, averaged over X_1, ..., X_K, and the
+    nuclear norm at X_1.
+    """
+    singular_values = torch.cat([torch.linalg.svdvals(G) for _, G in trajectory(problem, *draw_data(m, n), K, make_optimizer)])
     nuclear, frobenius = singular_values.sum(dim=2), torch.linalg.vector_norm(singular_values, dim=2)
     columns = {"nuclear": nuclear.mean(dim=0), "frobenius": frobenius.mean(dim=0), "first": nuclear[0]}
     return pd.DataFrame({"seed": range(SEEDS), **{name: x.double().numpy() for name, x in columns.items()}})

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from experiments.paper import family, ladder, methods, orders, ranks, widths
-from experiments.paper.problems import shampoo_options
+from experiments.paper.problems import paper_shampoo
 from experiments.paper.ranks import Case
 from runner.workloads.mnist_vit import VisionTransformer
-from shampoo import AdamWShampoo
 
 MEMBERS = family.members()
 CASES = [Case("flat", 6, 9, 3), Case("curved", 7, 5, 2), Case("flat", 4, 4, 4), Case("curved", 5, 5, 1)]
@@ -56,8 +55,7 @@ def test_on_noise_alone_the_optimizer_multiplies_by_the_preconditioner_of_the_th
     problem = MEMBERS["two loud columns, rotated"]
     U, W = (torch.eye(16).unsqueeze(0) for _ in range(2))
     X, drawn = torch.nn.Parameter(torch.zeros(16, 16)), torch.Generator().manual_seed(0)
-    options = {**shampoo_options(16, 16, 1024), **methods.OPTIONS[method], "betas": (0.0, 0.99)}
-    optimizer = AdamWShampoo([X], 1.0, **options)
+    optimizer = paper_shampoo([X], 1.0, 1024, **methods.OPTIONS[method], betas=(0.0, 0.99))
     for _ in range(3000 if method == "KL" else 1000):  # a factor of "kl" waits for the other one
         X.grad = family.noise(problem, U, W, drawn)[0]
         optimizer.step()

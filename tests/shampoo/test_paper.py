@@ -88,6 +88,69 @@ def test_operator_norm_is_at_most_one_where_both_decays_are_equal(theta):
     assert norms[-1] == pytest.approx(1, abs=0.02)  # the bound is attained
 
 
+def gradient_sequences(m, n, steps):
+    """Return sequences (steps, m, n) that try to move weights far: heavy tails, rank one, one direction, reversals, bursts."""
+    noise = torch.randn(steps, m, n, dtype=torch.float64)
+    scales = 10.0 ** torch.randint(-3, 4, (steps, 1, 1), dtype=torch.float64)
+    u, v = torch.randn(steps, m, 1, dtype=torch.float64), torch.randn(steps, 1, n, dtype=torch.float64)
+    constant = noise[:1].expand(steps, m, n)
+    return {
+        "heavy tails": noise / torch.rand(steps, 1, 1, dtype=torch.float64) * scales,
+        "rank one": u * v * scales,
+        "constant": constant,
+        "constant, rank one": (u * v)[:1].expand(steps, m, n),
+        "growing": constant * 1.02 ** torch.arange(steps).view(-1, 1, 1),
+        "reversals": constant * torch.arange(steps).div(40).floor().mul(torch.pi).cos().view(-1, 1, 1),
+        "bursts": torch.where(torch.arange(steps).view(-1, 1, 1) % 30 == 0, 1e3 * constant, 1e-3 * noise),
+    }
+
+
+def run_from_zero(make_optimizer, gradients):
+    """Return the weights after each step from zero, of the shape of the gradients."""
+    W = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    optimizer, weights = make_optimizer([W]), []
+    for G in gradients:
+        W.grad = G.clone()
+        optimizer.step()
+        weights.append(W.detach().clone())
+    return torch.stack(weights)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("exponents", EXPONENTS.values(), ids=list(EXPONENTS))
+@pytest.mark.parametrize(("lr", "weight_decay"), [(0.1, 0.5), (0.01, 100.0)])
+def test_decay_keeps_the_operator_norm_of_weights_below_its_inverse(exponents, lr, weight_decay, bias_correction):
+    # X <- (1 - lr lambda) X - lr D with ||D||_op <= 1 for 1/p + 1/q = 1/2, theta = beta: from X = 0 on, ||X||_op <= 1 / lambda.
+    options = {"weight_decay": weight_decay, "bias_correction": bias_correction, "eps": 1e-9, "relative_eps": False}
+    for name, gradients in gradient_sequences(4, 6, 150).items():
+        weights = run_from_zero(lambda params: paper_optimizer(params, 0.9, 0.9, exponents, lr=lr, **options), gradients)
+        norms = weight_decay * torch.linalg.matrix_norm(weights, 2)
+        assert norms.max() <= 1 + 1e-6, name
+        if name == "constant":  # the bound is attained
+            assert norms[-1].item() == pytest.approx(1 - (1 - lr * weight_decay) ** 150, rel=0.02)
+
+
+@pytest.mark.parametrize(("exponents", "scale"), [((0.5, 0.5), 0.1), ((1.0, 0.0), 0.1), ((0.125, 0.125), 10.0)])
+def test_decay_does_not_bound_weights_for_other_sums(exponents, scale):
+    # The direction of a constant gradient of operator norm a tends to one of operator norm a^(1 - 2 (1/p + 1/q)) at least.
+    G = torch.randn(4, 4, dtype=torch.float64)
+    G *= scale / torch.linalg.matrix_norm(G, 2)
+    options = {"weight_decay": 1.0, "eps": 1e-12, "relative_eps": False}
+    weights = run_from_zero(lambda params: paper_optimizer(params, 0.9, 0.9, exponents, lr=0.1, **options), G.expand(150, 4, 4))
+    assert torch.linalg.matrix_norm(weights[-1], 2) >= 0.99 * scale ** (1 - 2 * sum(exponents)) > 3
+
+
+def test_decay_of_adamw_bounds_entries_and_not_the_operator_norm():
+    for gradients in gradient_sequences(4, 6, 150).values():
+        weights = run_from_zero(lambda params: torch.optim.AdamW(params, 0.1, (0.9, 0.9), 1e-12, weight_decay=2.0), gradients)
+        assert 2 * weights.abs().max() <= 1 + 1e-6
+    rank_one = torch.ones(
+        150, 4, 6, dtype=torch.float64
+    )  # every entry reaches 1 / lambda, so that the norm is sqrt(m n) / lambda
+    weights = run_from_zero(lambda params: torch.optim.AdamW(params, 0.1, (0.9, 0.9), 1e-12, weight_decay=2.0), rank_one)
+    assert 2 * torch.linalg.matrix_norm(weights[-1], 2).item() == pytest.approx(math.sqrt(24), rel=0.01)
+
+
 @pytest.mark.parametrize("exponents", [*EXPONENTS.values(), (0.5, 0.5), (0.1, 0.1), (0.0, 0.0)])
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_scaling_gradients_scales_the_direction(exponents, scale):
