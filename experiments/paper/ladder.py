@@ -14,7 +14,7 @@ from .problems import measure
 
 SEEDS = {"tuning": 5, "reported": 10}  # two sets without common draws
 LARGEST = 1e15  # stands in for whatever is larger or not finite in a run that diverges
-LONGEST = 40  # rungs of a ladder
+LONGEST = 12  # rungs of a ladder, which stops there if smaller steps are ever better
 
 Starts = Mapping[Any, int]  # the middle of a ladder's first three rungs, by case
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

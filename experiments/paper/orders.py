@@ -1,9 +1,9 @@
-"""Problems that tell methods apart: `python -m experiments.paper.orders --output_dir=DIR`; TODO minutes on one core.
+"""Problems that tell methods apart: `python -m experiments.paper.orders --output_dir=DIR`; ten minutes on one core.
 
 The problems are the members of `family`, which all have the same constants, and so the same bound on the mean nuclear norm.
 Train each with all methods for K = 1,024 steps. Step sizes are powers of two: for each member, method, and metric, the best on
-other seeds than the reported ones. Write runs.csv, from which the same command resumes, orders.csv, and orders.png to DIR, and
-print the tables.
+other seeds than the reported ones. Write runs.csv, from which the same command resumes, orders.csv, pairs.csv, and orders.png
+to DIR, and print the tables.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch
 from absl import app, flags
 
 from .family import HORIZON, condition, draw, gradient, loss, members, noise, predict
-from .ladder import generator, ratio, trajectory, tune
+from .ladder import Interval, generator, ratio, trajectory, tune
 from .methods import make
 
 matplotlib.use("Agg")
@@ -39,6 +39,19 @@ START = {  # log2 of the middle of the first three step sizes
     "SOAP": -8,
     "Muon": -8,
 }
+PAIRS = [  # member, and two methods to compare
+    ("Kronecker 1e2, rotated", "1/4, 1/4", "AdamW"),
+    ("Kronecker 1e4, rotated", "1/4, 1/4", "AdamW"),
+    ("Kronecker 1e4, rotated", "1/2, 1/2", "1/4, 1/4"),
+    ("Kronecker 1e4, aligned", "1/4, 1/4", "AdamW"),
+    ("Kronecker 1e4, aligned", "1/2, 1/2", "AdamW"),
+    ("rows 1e4, rotated", "1/2, 1/2", "1/2, 0"),
+    ("checkerboard, rotated", "1/2, 1/2", "SOAP"),
+    ("checkerboard, aligned", "1/2, 1/2", "AdamW"),
+    ("two loud columns, rotated", "1/2, 1/2", "KL"),
+    ("white noise, rotated", "1/4, 1/4", "SGD"),
+    ("opposite noise, rotated", "1/4, 1/4", "SGD"),
+]
 
 
 class Cell(NamedTuple):
@@ -67,29 +80,45 @@ def run(name: str, method: str, seeds: str, rung: int) -> pd.DataFrame:
     return pd.DataFrame({"seed": range(len(X)), "nuclear": nuclear.double().numpy(), "loss": final.double().numpy()})
 
 
+def compare(values: pd.DataFrame, name: str, method: str, base: str, metric: str) -> Interval:
+    """Return a metric of a method over that of another one, paired by seed; `values` is the table of `ladder.tune`."""
+    chosen = values[(values["member"] == name) & (values["metric"] == metric)]
+    wide = chosen.pivot(index="seed", columns="method", values="value")
+    return ratio(wide[method].to_numpy(), wide[base].to_numpy())
+
+
 def order_table(values: pd.DataFrame) -> pd.DataFrame:
     """Return one row per member and method: `condition`, and each metric over that of SGD, measured with its interval, and
-    predicted, and log2 of the best step sizes. `values` is the table of `ladder.tune`."""
+    predicted, and log2 of the best step sizes."""
     rows = []
-    runs = {key: of_key.set_index("seed") for key, of_key in values.groupby(["member", "method", "metric"])}
+    best = values.groupby(["member", "method", "metric"])["rung"].first()
     for name, problem in members().items():
         of_sgd = predict(problem, "SGD")
         for method in START:
             row: dict[str, Any] = {"member": name, "method": method}
             row["condition"] = float(f"{condition(problem, method):.3g}")
             for metric, (expected, rung) in predict(problem, method).items():
-                own, base = runs[name, method, metric], runs[name, "SGD", metric]
-                found = ratio(own["value"].to_numpy(), base["value"].loc[own.index].to_numpy())
+                found = compare(values, name, method, "SGD", metric)
                 row |= dict(zip((metric, f"{metric} low", f"{metric} high"), found, strict=True))
-                row |= {f"{metric} predicted": expected / of_sgd[metric][0], f"{metric} mean": own["value"].mean()}
-                row |= {f"{metric} log2 step": own["rung"].iloc[0], f"{metric} log2 step predicted": rung}
+                row |= {f"{metric} predicted": expected / of_sgd[metric][0]}
+                row |= {f"{metric} log2 step": best[name, method, metric], f"{metric} log2 step predicted": rung}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
+def pair_table(values: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per pair of PAIRS: each metric of the first method over that of the second, with its interval."""
+    found = [
+        {"member": name, "method": method, "over": base}
+        | {title: "{:.3f} ({:.3f} to {:.3f})".format(*compare(values, name, method, base, x)) for x, title in METRICS.items()}
+        for name, method, base in PAIRS
+    ]
+    return pd.DataFrame(found)
+
+
 def page(table: pd.DataFrame) -> str:
-    """Return Markdown: per metric, a row per member and a column per method, ratios to SGD with intervals, the lowest in bold;
-    and what theory predicts."""
+    """Return Markdown: per metric, a row per member and a column per method, ratios to SGD with intervals, the lowest in bold,
+    and how close predictions are; and condition numbers."""
     lines = []
     for metric, title in METRICS.items():
         wide: dict[str, dict[str, str]] = {}
@@ -99,7 +128,6 @@ def page(table: pd.DataFrame) -> str:
             bold = row[metric] == lowest[row["member"]]
             wide.setdefault(row["member"], {})[row["method"]] = f"**{entry}**" if bold else entry
         lines += [f"{title.capitalize()}, over that of SGD:\n", markdown(pd.DataFrame(wide).T.rename_axis("member"))]
-        lines += ["The same, predicted from noise alone:\n", markdown(by_member(table, f"{metric} predicted", "{:.2f}"))]
         known = table[table[f"{metric} predicted"].notna() & (table["method"] != "SGD")]
         errors = np.exp(np.log(known[metric] / known[f"{metric} predicted"]).abs())
         away = (known[f"{metric} log2 step"] - known[f"{metric} log2 step predicted"]).abs()
@@ -152,10 +180,12 @@ def main(_: Any) -> None:
     output = Path(FLAGS.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     starts = {(name, method): start for name in members() for method, start in START.items()}
-    table = order_table(tune(Cell, starts, list(METRICS), output / "runs.csv", run, FLAGS.max_workers))
-    table.to_csv(output / "orders.csv", index=False, float_format="%.5g")
+    values = tune(Cell, starts, list(METRICS), output / "runs.csv", run, FLAGS.max_workers)
+    table, pairs = order_table(values), pair_table(values)
+    for name, x in {"orders": table, "pairs": pairs}.items():
+        x.to_csv(output / f"{name}.csv", index=False, float_format="%.5g")
     figure(table, output / "orders.png")
-    print(page(table))
+    print(page(table), "\n", pairs.to_markdown(index=False, disable_numparse=True), sep="")
 
 
 if __name__ == "__main__":
