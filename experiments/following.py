@@ -2,21 +2,19 @@
 
 Train a workload with `submission.py` at the first point of `tuning_search_space_2026.json`, with a refresh every 5 steps. Let
 A be a factor at one refresh, plus eps tr(A) I, Q its eigenvectors, and X = A^(-1/2), all exact, and A' the factor at the next.
-Approximate A'^(-1/2) in these ways, the first three in float64, the solver in float32:
+Approximate A'^(-1/2) in float64 in these ways, which take this many products (p) and QR decompositions (q):
 
-    stale            X itself
-    Newton           X + E, where E solves E X^(-1) + X^(-1) E = I - X A' X, one Newton step for X A' X = I
-    first order      Q (diag f(b) + D o (B - diag b)) Q^T for B = Q^T A' Q, b = diag B, f(x) = x^(-1/2), and the divided
-                     differences D of f; see `roots.root_in_basis`
-    qr, TOLERANCE    the optimizer's solver "qr", from its own last basis
+    stale          X itself
+    Newton         X + E, where E solves E X^(-1) + X^(-1) E = I - X A' X, one Newton step for X A' X = I; 6 p
+    first order    Q (diag f(b) + D o (B - diag b)) Q^T for B = Q^T A' Q, b = diag B, f(x) = x^(-1/2), and the divided
+                   differences D_ij = (f(b_i) - f(b_j)) / (b_i - b_j); 4 p
+    turned         the same, after one step of orthogonal iteration, Q <- qr(A' Q), from its own last basis; 6 p + q. Where
+                   the correction is more than half of the root in some direction, basis and root come from `eigh`
+    qr             the optimizer's solver "qr", from its own last basis
 
 Columns are quantiles of the relative Frobenius error over all factors of order at least 16 and all refreshes from the second
-on, the number of roots that are not finite, the share of errors of at most 0.1, and the share of bases that the solver took
-from `eigh` in the first ten refreshes and later. The last table is the price: seconds of decompositions over those of a
-product, in float32.
-
---drifting=N takes N made sequences of 20 factors instead: A <- 0.9 A + 0.1 C, where C is drawn anew from a kind of
-`experiments.inverse_roots`, another one halfway. Of these, errors are of roots whose bound there is at most 0.1.
+on, the share of errors of at most 0.1, and the share of bases from `eigh` in the first ten refreshes and later. The last table
+is the price: seconds of an eigendecomposition, a QR, and a Cholesky decomposition, over those of a product, in float32.
 """
 
 import collections
@@ -28,9 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pandas as pd
 import torch
 from absl import app, flags
@@ -38,9 +34,7 @@ from torch import Tensor
 
 from runner.loop import Settings, run_trial
 from runner.workloads import WORKLOADS, load_workload
-from shampoo import roots
-
-from .inverse_roots import KINDS
+from shampoo.roots import SOLVERS
 
 import submission  # isort: skip  # after the runner, which makes its import of algoperf work
 
@@ -49,7 +43,6 @@ FLAGS = flags.FLAGS
 POINT = json.loads((Path(submission.__file__).parent / "tuning_search_space_2026.json").read_text())[0]
 SMALLEST = 16  # order of factors
 EARLY = 10  # refreshes
-TOLERANCES = (0.0, 0.1, 0.3)
 ORDERS = (64, 128, 256, 512, 1024)
 
 
@@ -64,7 +57,7 @@ def record(name: str, steps: int) -> list[list[Tensor]]:
             buckets = arguments["optimizer_state"]["optimizer"]._buckets
             kept = [A for bucket in buckets for each in bucket.preconditioners for A in each.factors if A is not None]
             for i, A in enumerate(kept):
-                found[i].append(A.clone())
+                found[i].append(A.double())
         return result
 
     watched: Any = SimpleNamespace(**{**vars(submission), "update_params": update_params})
@@ -83,43 +76,30 @@ def record(name: str, steps: int) -> list[list[Tensor]]:
     return [stacks for stacks in found.values() if stacks[0].shape[-1] >= SMALLEST]
 
 
-def drift(seed: int, length: int = 20) -> list[Tensor]:
-    """Return a made sequence of factors (1, d, d), d from 16 to 128."""
-    rng = np.random.default_rng(seed)
-    d, kinds = int(rng.integers(SMALLEST, 129)), [KINDS[name] for name in rng.choice(list(KINDS), 2)]
-    A, found = kinds[0](rng, d), []
-    for k in range(length):
-        A = 0.9 * A + 0.1 * kinds[2 * k // length](rng, d)
-        found.append(torch.tensor(A, dtype=torch.float32).unsqueeze(0))
-    return found
-
-
-def trace(A: Tensor) -> Tensor:
-    """Return the trace of each matrix, (N, 1, 1), or 1 where it is 0."""
-    found = A.diagonal(dim1=1, dim2=2).sum(dim=1).view(-1, 1, 1)
-    return found.where(found != 0, 1.0)
-
-
 def shift(A: Tensor) -> Tensor:
-    """Return A / tr(A) + eps I, the scale of a factor does not matter here, with negative eigenvalues shifted to 0 first."""
-    A, eps = A / trace(A), float(POINT["epsilon"])
-    least = torch.linalg.eigvalsh(A)[:, :1].clamp(max=0).unsqueeze(2)
-    shifted: Tensor = A + (eps - least) * torch.eye(A.shape[-1], dtype=A.dtype)
-    return shifted
-
-
-def solve(A: Tensor, basis: Tensor, tolerance: float) -> tuple[Tensor, float]:
-    """Return the roots of `shift` of float32 matrices from solver "qr", and the share of bases that came from `eigh`."""
-    options: dict[str, Any] = {"relative_eps": True, "solver": "qr", "qr_tolerance": tolerance}
-    with patch.object(roots, "descending_eigh", wraps=roots.descending_eigh) as eigh:
-        X, _ = roots.inverse_root(A, 1.0, 0.5, POINT["epsilon"], torch.zeros_like(A), basis, **options)
-    return X.double() * trace(A.double()).sqrt(), sum(len(call.args[0]) for call in eigh.call_args_list) / len(A)
+    """Return A / tr(A) + eps I: the scale of a factor does not matter here."""
+    trace, eps = A.diagonal(dim1=1, dim2=2).sum(dim=1).view(-1, 1, 1), float(POINT["epsilon"])
+    return A / trace + eps * torch.eye(A.shape[-1], dtype=A.dtype)
 
 
 def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the eigenvalues of A, in descending order, its eigenvectors, and A^(-1/2)."""
     lam, Q = (x.flip(-1) for x in torch.linalg.eigh(A))
     return lam, Q, (Q * lam.rsqrt().unsqueeze(1)) @ Q.mT
+
+
+def first_order(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A^(-1/2) to first order in the off-diagonal part of Q^T A Q, and whether it can be relied on (B,).
+
+    With s = sqrt(b), D_ij = -1 / (s_i s_j (s_i + s_j)). The root is Z (I + K) Z^T for Z = Q diag(b^(-1/4)); it can be relied on
+    if no eigenvalue of K is below -1/2.
+    """
+    B = Q.mT @ A @ Q
+    s = B.diagonal(dim1=1, dim2=2).sqrt()
+    K = -B / ((s.unsqueeze(2) * s.unsqueeze(1)).sqrt() * (s.unsqueeze(2) + s.unsqueeze(1)))
+    K.diagonal(dim1=1, dim2=2).zero_()
+    Z, eye = Q * s.rsqrt().unsqueeze(1), torch.eye(A.shape[-1], dtype=A.dtype)
+    return Z @ (eye + K) @ Z.mT, torch.linalg.cholesky_ex(eye + 2 * K).info == 0
 
 
 def newton_step(A: Tensor, lam: Tensor, Q: Tensor, X: Tensor) -> Tensor:
@@ -130,35 +110,35 @@ def newton_step(A: Tensor, lam: Tensor, Q: Tensor, X: Tensor) -> Tensor:
 
 
 def errors(stacks: list[Tensor]) -> pd.DataFrame:
-    """Return one row per way, factor, and refresh, given the factors in float32."""
+    """Return one row per way, factor, and refresh."""
     rows, norm = [], torch.linalg.matrix_norm
-    lam, Q, X = decompose(shift(stacks[0].double()))
-    bases, one = {tolerance: torch.zeros_like(stacks[0]) for tolerance in TOLERANCES}, torch.ones_like(lam[:, :1])
-    for k, factor in enumerate(stacks):
-        solved = {f"qr, {tolerance}": solve(factor, basis, tolerance) for tolerance, basis in bases.items()}
-        if k == 0:  # all from `eigh`
-            continue
-        A = shift(factor.double())
-        first_order, _ = roots.root_in_basis(Q, A @ Q, one, 0.5, 0 * one)
-        found = {"stale": X, "Newton": newton_step(A, lam, Q, X), "first order": first_order}
-        lam, Q, X = decompose(A)
-        bounded = 4e-7 * 0.5 * lam[:, 0] <= 0.1 * lam[:, -1]
-        for way, Y in (found | {way: Y for way, (Y, _) in solved.items()}).items():
-            share = solved[way][1] if way in solved else float("nan")
-            finite = Y.flatten(1).isfinite().all(dim=1)
-            columns = {"error": norm(Y - X) / norm(X), "finite": finite, "bounded": bounded, "eigh": share}
-            rows.append(pd.DataFrame({"way": way, "early": k < EARLY, **columns}))
+    factors = [shift(A) for A in stacks]
+    lam, Q, X = decompose(factors[0])
+    turned, solver = Q.clone(), Q.clone()
+    for k, A in enumerate(factors[1:], start=1):
+        new_lam, new_Q, root = decompose(A)
+        found = {"stale": X, "Newton": newton_step(A, lam, Q, X), "first order": first_order(A, Q)[0]}
+        turned = torch.linalg.qr(A @ turned).Q
+        found["turned"], reliable = first_order(A, turned)
+        turned[~reliable], found["turned"][~reliable] = new_Q[~reliable], root[~reliable]
+        one = torch.ones_like(lam[:, :1])
+        found["qr"] = SOLVERS["qr"].solve(A, one, 0.5, 0 * one, solver)
+        rows += [
+            pd.DataFrame({"way": way, "early": k < EARLY, "error": norm(Y - root) / norm(root), "eigh": ~reliable})
+            for way, Y in found.items()
+        ]
+        lam, Q, X = new_lam, new_Q, root
     return pd.concat(rows)
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
     """Return one row per way."""
-    by_way = found[found["bounded"]].groupby("way", sort=False)["error"]
+    by_way = found.groupby("way", sort=False)["error"]
     table = pd.DataFrame({"median": by_way.median(), "nine tenths": by_way.quantile(0.9), "most": by_way.max()})
-    table["not finite"] = found.groupby("way")["finite"].agg(lambda x: (~x).sum())
     table["at most 0.1"] = by_way.agg(lambda x: (x <= 0.1).mean())
-    shares = found.groupby(["way", "early"])["eigh"].mean().unstack()
-    return table.assign(**{"from eigh, early": shares[True], "late": shares[False]})
+    own = found[found["way"] == "turned"].groupby("early")["eigh"].mean()
+    table.loc["turned", ["from eigh, early", "late"]] = own.get(True), own.get(False)
+    return table
 
 
 def seconds(function: Callable[[], Any], repeats: int = 7) -> float:
@@ -186,10 +166,6 @@ def prices() -> pd.DataFrame:
 def main(_: Any) -> None:
     """Print the tables."""
     torch.set_num_threads(FLAGS.threads)
-    if FLAGS.drifting:
-        found = summary(pd.concat([errors(drift(seed)) for seed in range(FLAGS.drifting)]))
-        print(f"{FLAGS.drifting} made sequences\n\n{found.to_markdown(floatfmt='.2g')}")
-        return
     for name in FLAGS.workload:
         found = summary(pd.concat(map(errors, record(name, FLAGS.steps))))
         print(f"\n{name}, {FLAGS.steps} steps\n\n{found.to_markdown(floatfmt='.2g')}", flush=True)
@@ -199,6 +175,5 @@ def main(_: Any) -> None:
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("workload", ["mnist_vit", "pydoc_lm"], list(WORKLOADS), "workloads to train")
     flags.DEFINE_integer("steps", 300, "training steps", lower_bound=20)
-    flags.DEFINE_integer("drifting", 0, "number of made sequences to use instead", lower_bound=0)
     flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     app.run(main)

@@ -61,9 +61,9 @@ class AdamWShampoo(BucketedOptimizer):
         grafting_eps: added to the square root of the second moment.
         normalized_grafting: update the grafting method's second moment from each block's G / ||G||_F and, once there are
             roots, take its step from that instead of the averaged gradient.
-        solver: "eigh", exact; "qr", to first order from the previous eigenvectors, updated where needed, at 50% more memory
-            for matrices; "newton", matrix products only, for exponents 1, 1/2, 1/3, ...; "auto", "newton" on accelerators for
-            exponents 1/2 (for "soap", "qr"), else "eigh".
+        solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
+            products only, for exponents 1, 1/2, 1/3, ...; "auto", "newton" on accelerators for exponents 1/2 (for "soap",
+            "qr"), else "eigh".
         qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
         stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
         precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) can have factors; else, see max_dim.

@@ -26,7 +26,6 @@ NEWTON_STEPS = 100
 NEWTON_LOW = 0.03  # smallest l: rounding errors of M grow as 1 / l^2
 LARGEST_ROOT = 64  # largest r for which "newton" computes A^(-1/r)
 QR_TOLERANCE = 0.3
-CLOSE = 1e-2  # eigenvalues whose ratio differs from 1 by less than this count as equal in divided differences
 
 
 def eigen_power(lam: Tensor, Q: Tensor, p: float, eps: Tensor) -> Tensor:
@@ -53,11 +52,11 @@ def descending_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
 def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Turn the bases Q toward the eigenvectors of A in place, where needed.
 
-    Return A Q (B, d, d), and which old column each column follows (B, d).
+    Return their Rayleigh quotients lambda_i = q_i^T A q_i (B, d), and which old column each column follows (B, d).
 
     With B = Q^T A Q, Q is kept while ||B - diag B||_F <= tolerance ||B||_F (the test of Eschenhagen et al., arXiv 2506.03595);
     since ||B||_F = ||A||_F, this needs only the product A Q. Otherwise, Q takes one step of orthogonal iteration: Q <- qr(A Q),
-    columns in descending order of diag B. The first Q, after zeros, comes from `eigh`.
+    columns in descending order of lambda. The first Q, after zeros, comes from `eigh`.
     """
     AQ = A @ Q
     lam = (Q * AQ).sum(dim=1)
@@ -67,51 +66,17 @@ def turn(A: Tensor, Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     turns = ~first & (square - lam.square().sum(dim=1) > tolerance**2 * square)
     if first.any():
         lam[first], Q[first] = descending_eigh(A[first])
-        AQ[first] = Q[first] * lam[first].unsqueeze(1)
     if turns.any():
         order[turns] = lam[turns].argsort(dim=1, descending=True)
-        Q[turns] = basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
-        AQ[turns] = A[turns] @ basis
-    return AQ, order
-
-
-def root_in_basis(Q: Tensor, AQ: Tensor, s: Tensor, p: float, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (s A + eps I)^(-p) to first order in the off-diagonal part of B = Q^T A Q, and where it is reliable (B,).
-
-    With f(x) = x^(-p) and b = s diag B + eps, this is Q (diag f(b) + D o s (B - diag B)) Q^T with the divided differences
-    D_ij = (f(b_i) - f(b_j)) / (b_i - b_j) (Daleckii & Krein), or f'(b_i) for b_i = b_j. It equals Z (I + K) Z^T for
-    Z = Q diag(b^(-p/2)), and is reliable if ||K||_2 < 1/2. Negative b are shifted as in `eigen_power`.
-    """
-    B = Q.mT @ AQ * s.unsqueeze(2)
-    b = B.diagonal(dim1=1, dim2=2)
-    b = b - b.amin(dim=1, keepdim=True).clamp(max=0) + eps
-    # K_ij = -B_ij b_i^(-p/2) b_j^(p/2 - 1) (x^p - 1) / (x - 1) for x = b_i / b_j, without overflow for small b
-    x, power = (c.unsqueeze(2) / c.unsqueeze(1) for c in (b, b.pow(p)))
-    ratio = torch.where((x - 1).abs() < CLOSE, p, (power - 1) / (x - 1))
-    K = B * ratio * -b.pow(-p / 2).unsqueeze(2) * b.pow(p / 2 - 1).unsqueeze(1)
-    K = (K + K.mT) / 2
-    K.diagonal(dim1=1, dim2=2).zero_()
-    Z, eye = Q * b.pow(-p / 2).unsqueeze(1), torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
-    reliable = (torch.linalg.cholesky_ex(torch.stack([eye + 2 * K, eye - 2 * K])).info == 0).all(dim=0)
-    return Z @ (eye + K) @ Z.mT, reliable
+        basis = torch.linalg.qr(torch.take_along_dim(AQ[turns], order[turns].unsqueeze(1), dim=2)).Q
+        Q[turns], lam[turns] = basis, (basis * (A[turns] @ basis)).sum(dim=1)
+    return lam, order
 
 
 def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: float = QR_TOLERANCE) -> Tensor:
-    """Return the roots in the bases Q after `turn`.
-
-    Where they are not reliable, Q takes a step of orthogonal iteration, and where that is not enough, Q comes from `eigh`.
-    """
-    AQ, _ = turn(A, Q, qr_tolerance)
-    roots, reliable = root_in_basis(Q, AQ, s, p, eps)
-    if (far := ~reliable).any():
-        A, s, eps, basis = A[far], s[far], eps[far], Q[far]
-        AQ, _ = turn(A, basis, 0.0)
-        turned, reliable = root_in_basis(basis, AQ, s, p, eps)
-        if (far_still := ~reliable).any():
-            lam, basis[far_still] = descending_eigh(A[far_still])
-            turned[far_still] = eigen_power(lam * s[far_still], basis[far_still], p, eps[far_still])
-        roots[far], Q[far] = turned, basis
-    return roots
+    """Return Q (s Lambda + eps I)^(-p) Q^T with the Rayleigh quotients lambda of Q, after `turn`."""
+    lam, _ = turn(A, Q, qr_tolerance)
+    return eigen_power(lam * s, Q, p, eps)
 
 
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
