@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import hypothesis
@@ -9,6 +10,8 @@ from rank_pool import RankPool
 # Two test workers share two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No limits on wall-clock time, which a loaded machine would exceed.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
