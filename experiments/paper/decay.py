@@ -2,7 +2,7 @@
 
 X_{k+1} = (1 - eta lambda) X_k - eta D_k. For 1/p + 1/q = 1/2 and theta = beta, directions have ||D_k||_op <= 1, so that
 ||X_k||_op <= 1 / lambda from X_1 = 0 on. Problems and settings are those of `horizons`, for (1/4, 1/4), except that B = A X*
-with ||X*||_op = 1, so that this bound excludes the minimizer X* from lambda = 1 on. Means over X_1, ..., X_K of
+with ||X*||_op = 1, so that this bound excludes the minimizer X* for lambda > 1. Means over X_1, ..., X_K of
 
     ||G||_*                                      G = grad f(X), the norm in the paper's bound,
     ||G||_* + lambda <G, X>                      zero only at stationary points of min f subject to ||X||_op <= 1 / lambda,

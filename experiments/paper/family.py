@@ -51,7 +51,7 @@ def members() -> dict[str, Member]:
     board = mild * 100.0 ** -((torch.arange(SIZE) // 4 + torch.arange(SIZE)[:, None] // 4) % 2)
     columns = 0.1 * torch.outer(a**1.5, ones)
     columns[:, :2] = 1
-    as_kronecker = "Factors are the Kronecker factors of the noise: exponents (s, s) leave H^(1 - s), in any bases."
+    as_kronecker = "Factors are the Kronecker factors of the noise: exponents (a, a) leave H^(1 - a), in any bases."
     return {
         "Kronecker 1e2, rotated": member(mild, mild, True, as_kronecker),
         "Kronecker 1e4, rotated": member(strong, strong, True, as_kronecker),
