@@ -8,7 +8,7 @@ Approximate A'^(-1/2) in float64 in these ways, which take this many products (p
     Newton         X + E, where E solves E X^(-1) + X^(-1) E = I - X A' X, one Newton step for X A' X = I; 6 p
     first order    Q (diag f(b) + D o (B - diag b)) Q^T for B = Q^T A' Q, b = diag B, f(x) = x^(-1/2), and the divided
                    differences D_ij = (f(b_i) - f(b_j)) / (b_i - b_j); 4 p
-    turned         the same, after one step of orthogonal iteration, Q <- qr(A' Q), from its own last basis; 6 p + q. Where
+    turned         the same, after one step of orthogonal iteration, Q <- qr(A' Q), from its own last basis; 5 p + q. Where
                    the correction is more than half of the root in some direction, basis and root come from `eigh`
     qr             the optimizer's solver "qr", from its own last basis
 

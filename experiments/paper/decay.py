@@ -126,9 +126,9 @@ def decay_table(norms: pd.DataFrame) -> pd.DataFrame:
         at_last = chosen[chosen["K"] == HORIZONS[-1]]
         row = {"problem": name, "sigma": f"{sigma:g}", "lambda": label(decay, power)}
         for measure_name in MEASURES:
-            values = chosen.pivot(index="seed", columns="K", values=measure_name).to_numpy()[:, -LAST:]
+            values = chosen.pivot(index="seed", columns="K", values=measure_name).iloc[:, -LAST:]
             row[f"mean {measure_name}"] = f"{at_last[measure_name].mean():.3f}"
-            row[f"slope of {measure_name}"] = format_fit(fit_slope(values, chosen["K"].unique()[-LAST:].astype(float)))
+            row[f"slope of {measure_name}"] = format_fit(fit_slope(values.to_numpy(), values.columns.to_numpy(float)))
         bound = chosen["largest"] * chosen["decay"] * chosen["K"] ** chosen["power"]
         row["largest lambda ||X||_op, any K"] = f"{bound.max():.3f}"
         row["||X_K||_op"] = f"{at_last['last'].mean():.2f}"

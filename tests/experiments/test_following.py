@@ -34,6 +34,10 @@ def test_a_correction_that_is_too_large_is_not_relied_on():
     A, _, _ = drifting(0)
     Q = torch.linalg.qr(torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0)).double()).Q
     assert not first_order(A, Q)[1].item()
+    # For a diagonal of ones, K is -1/2 times the off-diagonal part: eigenvalues of 0.45 and 0.55 in magnitude
+    for size, reliable in ((0.9, True), (1.1, False)):
+        pair = torch.tensor([[[1.0, size], [size, 1.0]]], dtype=torch.float64)
+        assert first_order(pair, torch.eye(2, dtype=torch.float64)[None])[1].item() is reliable
     assert first_order(A, decompose(A)[1])[1].item()
 
 

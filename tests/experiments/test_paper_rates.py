@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.paper import decay, sums
+from experiments.paper import decay, horizons, problems, sums
 from experiments.paper.horizons import Cell, expected_norms, noise_gradients, nuclear_norm, run
 from experiments.paper.problems import (
     PROBLEMS,
@@ -172,3 +172,61 @@ def test_residual_is_zero_where_decay_and_noisy_gradients_hold_weights(name, siz
     found = decay.stationarity(X, G, c, decay.noise_moments(problem, m, n))
     assert found["residual"] < 0.15 * found["nuclear"]
     assert found["gap"] > 0.5 * found["nuclear"] if size < 1 else found["gap"] < 0.3 * found["nuclear"]
+
+
+def test_step_sizes_of_the_theory_make_all_exponents_the_same_method_under_white_noise():
+    """For m = n, directions are `gain` times M, so that gain times the step size is the same for all exponents."""
+    m, K, L, gap = 6, 256, 2.0, 0.5
+    steps = {name: problems.theory_rate(name, m, m, K, L, gap) for name in problems.METHODS}
+    assert steps["1/4, 1/4"] == pytest.approx((gap / (L * K * 2 * m)) ** 0.5)
+    pairs = {name: pair for name, pair in problems.METHODS.items() if pair}
+    products = [problems.gain(pair, m, m) * steps[name] for name, pair in pairs.items()]
+    assert products == pytest.approx([products[0]] * len(products))
+
+
+def power_laws(slopes):
+    """Return made norms of the first shape: one seed's norms are K^slope, times a constant of the seed's own."""
+    draw = np.random.default_rng(0)
+    scales = draw.lognormal(0, 1, SEEDS)
+    wiggles = draw.lognormal(0, 0.1, (SEEDS, 4))
+    return pd.DataFrame(
+        {
+            "problem": problem,
+            "m": 8,
+            "n": 8,
+            "method": method,
+            "K": K,
+            "seed": seed,
+            "nuclear": scales[seed] * wiggles[seed, i] * K**slope,
+        }
+        for problem in PROBLEMS
+        for method, slope in slopes.items()
+        for i, K in enumerate((64, 128, 256, 512))
+        for seed in range(SEEDS)
+    )
+
+
+def test_slopes_minus_those_of_sgd_are_paired_by_seed():
+    """What the seeds have in common cancels, and the interval has no width."""
+    table = horizons.paired_table(power_laws({"SGD": -0.25, "1/4, 1/4": -0.3}))
+    assert list(table["1/4, 1/4"]) == ["-0.050 (-0.050 to -0.050)"] * len(PROBLEMS)
+
+
+def test_a_table_that_cannot_be_read_is_named_and_stays(tmp_path):
+    path = tmp_path / "norms.csv"
+    path.write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"norms.csv is no table: .*move it away"):
+        measure([Cell("log, Gaussian noise", 3, 2, "SGD", 8)], path, run)
+    assert path.read_text() == "a,b\n1,2\n1,2,3\n"
+
+
+def test_the_order_of_measured_cells_does_not_matter():
+    rows = [
+        {"problem": "log", "sigma": 1.0, "decay": 0.0, "power": 0.0, "K": K, "seed": seed, "nuclear": K**-0.25}
+        | {"gap": K**-0.25, "residual": K**-0.25, "largest": 1.0, "last": 1.0}
+        for K in decay.HORIZONS
+        for seed in range(SEEDS)
+    ]
+    expected = decay.decay_table(pd.DataFrame(rows))
+    assert expected["slope of nuclear"].iloc[0].startswith("-0.250")
+    pd.testing.assert_frame_equal(decay.decay_table(pd.DataFrame(rows[::-1])), expected)
