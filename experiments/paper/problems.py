@@ -191,7 +191,7 @@ def measure(cells: Sequence[Any], path: Path, run: Callable[..., pd.DataFrame], 
     try:
         table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=names)
     except ValueError as error:
-        raise ValueError(f"{path} is no table: {str(error).strip()}; move it away, and all of its cells are measured again") from error
+        raise ValueError(f"{path} is no table: {str(error).strip()}; move it away to measure all cells again") from error
     finished = set(table[names].itertuples(index=False, name=None))
     missing = [cell for cell in dict.fromkeys(cells) if tuple(cell) not in finished]
     with ProcessPoolExecutor(max_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
