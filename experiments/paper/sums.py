@@ -28,6 +28,7 @@ import torch
 from absl import app, flags
 
 from .decay import scale_noise
+from .ladder import ratio
 from .problems import PROBLEMS, SEEDS, Problem, draw_data, fit_slope, format_fit, gain, measure, paper_shampoo, trajectory
 
 matplotlib.use("Agg")
@@ -176,26 +177,20 @@ def norm_table(best: pd.DataFrame) -> pd.DataFrame:
         for pair in PAIRS:
             norms, K = along(best, name, pair, "K", "nuclear")
             steps = along(best, name, pair, "K", "step")[0]
-            ratio = norms / along(best, name, PAIRS[0], "K", "nuclear")[0]
+            of_sgd = along(best, name, PAIRS[0], "K", "nuclear")[0]
             width, x = along(best, name, pair, "m = n", "nuclear")
             rows.append(
                 {
                     "problem": name,
                     "1/p, 1/q": format_pair(pair),
                     **{f"norm, K = {k:.0f}": f"{value:.3f}" for k, value in zip(K, norms.mean(axis=0), strict=True)},
-                    "over momentum SGD's, last": format_fit(mean_interval(ratio[:, -1])),
+                    "over momentum SGD's, last": format_fit(ratio(norms[:, -1], of_sgd[:, -1])),
                     "power of K": format_fit(fit_slope(norms, K)),
                     "power of m = n": format_fit(fit_slope(width, x)),
                     "best step, K = 1024": f"{np.exp(np.log(steps[:, 1]).mean()):.4f}",
                 }
             )
     return pd.DataFrame(rows)
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the geometric mean over seeds with its 95 % t interval: the slope of values^x over x."""
-    slope, low, high = fit_slope(np.stack([np.ones_like(values), values], axis=1), np.array([1.0, np.e]))
-    return float(np.exp(slope)), float(np.exp(low)), float(np.exp(high))
 
 
 def draw(best: pd.DataFrame, path: Path) -> None:
@@ -206,10 +201,10 @@ def draw(best: pd.DataFrame, path: Path) -> None:
         for axes, axis in zip(row, drawn, strict=True):
             for pair in PAIRS[1:]:
                 values, x = along(best, name, pair, axis, "step")
-                ratio = np.exp(np.log(values / along(best, name, PAIRS[0], axis, "step")[0]).mean(axis=0))
+                steps = np.exp(np.log(values / along(best, name, PAIRS[0], axis, "step")[0]).mean(axis=0))
                 one_sided, color = pair[1] == 0, f"C{SUMS.index(sum(pair))}"
                 power = predicted_powers(pair)[axis] - predicted_powers(PAIRS[0])[axis]
-                axes.loglog(x, ratio / ratio[0], "^" if one_sided else "o", mfc="none", color=color, label=format_pair(pair))
+                axes.loglog(x, steps / steps[0], "^" if one_sided else "o", mfc="none", color=color, label=format_pair(pair))
                 axes.loglog(x, (x / x[0]) ** power, "--" if one_sided else "-", color=color, linewidth=1)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
