@@ -6,8 +6,8 @@ mean for `AdamWShampoo` with the paper's settings over horizons K, shapes, expon
 
     1 - theta = 1 - beta = K^(-1/2),    eta = sqrt((f(X_1) - inf f) / (L K (m + n))),    lambda = 0;
 
-the powers of K and m + n come from the theory, the constants do not. epsilon is that of `problems.paper_shampoo`. Finished cells
-are read from DIR/norms.csv, so that the same command resumes an interrupted run.
+the powers of K and m + n come from the theory, the constants do not. epsilon is that of `problems.paper_shampoo`. Finished
+cells are read from DIR/norms.csv, so that the same command resumes an interrupted run.
 
 What to expect where f is quadratic and white noise dominates the gradient, so that every method is SGD with a step size e (see
 `effective_step`): the gradient is the sum of that of gradient flow at the time e k, whose mean over K steps falls at most like
