@@ -11,8 +11,8 @@ batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from math import isclose
+from functools import lru_cache, partial
+from math import floor, isclose, log2, sqrt
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from .blocks import Exponents
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 NEWTON_STEPS = 100
-NEWTON_LOW = 0.03  # smallest l: rounding errors of M grow as 1 / l^2
+CUSHION = 0.02
 LARGEST_ROOT = 64  # largest r for which "newton" computes A^(-1/r)
 QR_TOLERANCE = 0.3
 
@@ -80,39 +80,99 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: flo
 
 
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Return s^(-1/r) X for an integer r = 1/p, where X converges to (A + (eps / s) I)^(-1/r) by the coupled Newton iteration
+    """Return (s A + eps I)^(-1/r) for an integer r = 1/p, from matrix products only; Q is ignored.
 
-        X <- X T,  M <- T^r M,  T = a ((r + 1) I - a^r M) / r,     from X = z^(1/r) I, M = z (A + (eps / s) I),
-
-    until M is I to rounding (Higham, Functions of Matrices, 7.3; Anil et al., arXiv 2002.09018). It uses matrix products only.
-    In general, a = 1 and z = (1 + r) / (2 ||A + (eps / s) I||_F). For r = 2, z = 1 / ||A + (eps / s) I||_F, so that eigenvalues
-    of M are in [l^2, 1] for a known l, and a = sqrt(3 / (1 + l + l^2)) raises l most: l <- a l (3 - a^2 l^2) / 2 (Chen & Chow,
-    "A stable scaling of Newton-Schulz", 2014). eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon, since
-    rounding may have made eigenvalues of A negative by that much.
+    eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon, since rounding may have made eigenvalues of A
+    negative by that much.
     """
-    r, eye = round(1 / p), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    rounding = torch.finfo(A.dtype).eps
-    shift = torch.maximum(eps / s, 2 * rounding * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2)
-    M = A + shift * eye
+    r, u = round(1 / p), torch.finfo(A.dtype).eps
+    shift = torch.maximum(eps / s, 2 * u * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2)
+    M = A.clone()
+    M.diagonal(dim1=1, dim2=2).add_(shift.squeeze(2))
     norm = torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True)
-    z = (1 if r == 2 else (1 + r) / 2) / norm
-    low = (shift / norm).sqrt().clamp(min=NEWTON_LOW) if r == 2 else torch.ones_like(norm)
-    X, M = z ** (1 / r) * eye, z * M
+    X = newton_schulz(M / norm, shift / norm) if r == 2 else coupled_newton(M / norm, r)
+    root: Tensor = (s.unsqueeze(2) * norm).pow(-p) * (X + X.mT) / 2
+    return root
+
+
+def newton_schulz(M: Tensor, low: Tensor) -> Tensor:
+    """Return M^(-1/2) for eigenvalues in [low, 1], where low is (B, 1, 1), by the coupled Newton-Schulz iteration of degree 5
+
+        X <- X T,  M <- T M T,  T = a I + b M + c M^2,     from X = I,
+
+    which maps each eigenvalue x^2 of M to (a x + b x^3 + c x^5)^2, with the coefficients of `polar_express`.
+    """
+
+    def polynomial(a: float, b: float, c: float) -> Tensor:
+        T = torch.baddbmm(M, M, M, beta=b, alpha=c)
+        T.diagonal(dim1=1, dim2=2).add_(a)
+        return T
+
+    exponent = floor(log2(float(low.amin())) / 2)  # rounded, so that few different coefficients are computed
+    first, *others = polar_express(2.0**exponent, 100 * torch.finfo(M.dtype).eps)
+    X = T = polynomial(*first)
+    for coefficients in others:
+        M = T @ (M @ T)
+        T = polynomial(*coefficients)
+        X = X @ T
+    return X
+
+
+@lru_cache(maxsize=256)
+def polar_express(low: float, tolerance: float) -> list[tuple[float, float, float]]:
+    """Return (a, b, c) of polynomials a x + b x^3 + c x^5 whose composition maps [low, 1] into [1 - tolerance, 1 + tolerance].
+
+    Each has the smallest error on the interval [l, h] into which those before it map [low, 1] (Amsel et al., "The Polar
+    Express", arXiv 2505.16932); but if l < CUSHION h, on [CUSHION h, h], so that no large eigenvalue is mapped close to 0,
+    where rounding errors are relatively large.
+    """
+    found, (low, high), error = [], (low, 1.0), 1.0
+    while error > tolerance:
+        (a, b, c), error = minimax(max(low, CUSHION * high), high)
+        found.append((a, b, c))
+        low, high = min(1 - error, a * low + b * low**3 + c * low**5), 1 + error
+        error = max(1 - low, error)
+    return found
+
+
+def minimax(low: float, high: float) -> tuple[tuple[float, float, float], float]:
+    """Return (a, b, c) that minimize E, the largest |1 - a x - b x^3 - c x^5| over [low, high], and E, by Remez's exchange.
+
+    Errors are E and -E in turn at four points: both ends, and the zeros of a + 3 b x^2 + 5 c x^4. On short intervals, where the
+    equations are nearly singular, return the expansion at 1 instead, whose error is 5/2 (x - 1)^3 to first order.
+    """
+    if high - low < 0.02:
+        return (15 / 8, -10 / 8, 3 / 8), 2.6 * max(1 - low, high - 1) ** 3
+    start = [low, (2 * low + high) / 3, (low + 2 * high) / 3, high]
+    x, signs = torch.tensor([start, [1.0, -1.0, 1.0, -1.0]], dtype=torch.float64, device="cpu")
+    for _ in range(20):
+        a, b, c, error = torch.linalg.solve(torch.stack([x, x**3, x**5, signs], dim=1), torch.ones_like(x)).tolist()
+        middle, half = -0.3 * b / c, sqrt(max(0.09 * b * b - 0.2 * a * c, 0.0)) / abs(c)
+        x[1], x[2] = sqrt(middle - half), sqrt(middle + half)
+    return (a, b, c), abs(error)
+
+
+def coupled_newton(M: Tensor, r: int) -> Tensor:
+    """Return M^(-1/r) for symmetric positive definite M of Frobenius norm 1, by the coupled Newton iteration
+
+        X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z M, where z = (1 + r) / 2,
+
+    until M is I to rounding (Higham, Functions of Matrices, 7.3; Anil et al., arXiv 2002.09018).
+    """
+    eye, z = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M), (1 + r) / 2
+    X, M = eye.mul(z ** (1 / r)), z * M
     error = torch.linalg.vector_norm(M - eye, dim=(1, 2), keepdim=True)
-    enough = 10 * rounding * A.shape[-1] ** 0.5
+    enough = 10 * torch.finfo(M.dtype).eps * M.shape[-1] ** 0.5
     going = torch.ones_like(error, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
-        a = (3 / (1 + low + low**2)).sqrt()
-        T = a / r * ((r + 1) * eye - a**r * M)
+        T = ((r + 1) * eye - M) / r
         M_next = torch.linalg.matrix_power(T, r) @ M
         error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
-        going &= (error > enough) & ((error_next < 1.2 * error) | (low < 0.9))  # then, an error that grows is rounding
+        going &= (error > enough) & (error_next < 1.2 * error)  # an error that grows is rounding
         if not going.any():
             break
         X, M, error = X.where(~going, X @ T), M.where(~going, M_next), error.where(~going, error_next)
-        low = a * low * (3 - a**2 * low**2) / 2
-    root: Tensor = s.pow(-p).unsqueeze(2) * (X + X.mT) / 2
-    return root
+    return X
 
 
 def check_newton(exponents: Exponents) -> None:

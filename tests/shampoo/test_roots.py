@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
+from experiments.step_time import Watch
 from shampoo import AdamWShampoo, roots
-from shampoo.roots import SOLVERS, Solver, inverse_root
+from shampoo.roots import SOLVERS, Solver, inverse_root, minimax, polar_express
 
 
 def root(A, p, eps, Q=None, **options):
@@ -189,14 +191,56 @@ def test_a_root_is_finite_however_small_eps_is(eps, p):
         assert set(causes.values()) <= {"replaced by the identity", "computed in float64"}
 
 
-def test_newton_converges_although_rounding_makes_eigenvalues_negative():
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_newton_converges_although_rounding_makes_eigenvalues_negative(p):
     """Without a shift by the rounding error of A, the iteration diverges where eps is smaller."""
     G = torch.randn(4, 24, 3, generator=torch.Generator().manual_seed(0))
     A = G @ G.mT
     A /= A.abs().amax(dim=(1, 2), keepdim=True)
     assert torch.linalg.eigvalsh(A).min() < 0
-    X = SOLVERS["newton"].solve(A, torch.ones(4, 1), 0.25, torch.full((4, 1), 1e-30))
+    X = SOLVERS["newton"].solve(A, torch.ones(4, 1), p, torch.full((4, 1), 1e-30))
     assert X.isfinite().all()
     for x, matrix in zip(X.double().numpy(), A.double().numpy()):
         shift = 2 * torch.finfo(torch.float32).eps * np.linalg.norm(matrix)
-        assert relative(x, exact(matrix, 0.25, shift)) < 0.2
+        assert relative(x, exact(matrix, p, shift)) < 0.2
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.002, 1.0), (0.02, 1.5), (0.3, 1.7), (0.8, 1.2), (0.9, 1.1)])
+def test_a_polynomial_of_polar_express_has_the_smallest_error(low, high):
+    """Linear programming finds no smaller error on a grid."""
+    x = np.linspace(low, high, 2001)
+    powers, ones = np.stack([x, x**3, x**5], axis=1), np.ones((len(x), 1))
+    above, below = np.hstack([powers, -ones]), np.hstack([-powers, -ones])  # |p(x) - 1| <= E
+    bounds = [(None, None)] * 3 + [(0, None)]
+    best = linprog([0, 0, 0, 1], np.vstack([above, below]), np.concatenate([ones, -ones]), bounds=bounds)
+    coefficients, error = minimax(low, high)
+    assert np.abs(powers @ coefficients - 1).max() <= error * (1 + 1e-9)
+    assert error <= best.fun * 1.001
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9801, 1.0), (0.99, 1.0099), (0.9999, 1.0), (1.0, 1.0)])
+def test_near_1_a_polynomial_of_polar_express_has_at_most_the_error_that_it_promises(low, high):
+    x = np.linspace(low, high, 2001)
+    (a, b, c), error = minimax(low, high)
+    assert np.abs(a * x + b * x**3 + c * x**5 - 1).max() <= error + 1e-15
+
+
+@pytest.mark.parametrize("low", [1.0, 0.5, 2.0**-6, 2.0**-8, 2.0**-12])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-13])
+def test_polynomials_of_polar_express_map_their_interval_close_to_1(low, tolerance):
+    y = x = np.geomspace(low, 1, 5000)
+    for a, b, c in polar_express(low, tolerance):
+        y = a * y + b * y**3 + c * y**5
+    assert np.abs(y - 1).max() <= tolerance + 1e-15
+
+
+def test_a_square_root_takes_21_products():
+    """A relative eps of 1e-5 needs six polynomials: two products in the first and last, four in each other one, and X."""
+    lam = torch.logspace(0, -6, 64)
+    Q = torch.linalg.qr(torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))).Q
+    A = (Q * lam) @ Q.mT
+    with Watch() as watched:
+        X = root(A, 0.5, 1e-5, solver="newton", relative_eps=True)
+    assert len(watched.products) == 21
+    for ours, matrix in zip(X.numpy(), A.double().numpy()):
+        assert relative(ours, exact(matrix, 0.5, 1e-5 * np.trace(matrix))) < 2e-4
