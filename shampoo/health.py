@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import reduce
 from math import isfinite
 from typing import Any
 
@@ -63,7 +64,7 @@ class Health:
         self.norms: list[tuple[Sequence[Tensor], Callable[[], Any]]] = []
 
     def check(self, buckets: Sequence[Bucket], inputs: Sequence[Inputs], names: Names) -> Tensor | None:
-        """Compute the norms of all gradients, for `count`; return a scalar bool tensor, True if all norms are finite.
+        """Compute the norms of all gradients, for `count`; return a scalar bool tensor, True if any norm is not finite.
 
         Return None if all norms are on the CPU, so that `count` can read them at once. Raises RuntimeError for a sparse or
         complex gradient.
@@ -81,7 +82,8 @@ class Health:
                 self.norms.append((params, copy_to_host(norms[-1])))
         if not any(map(waits, norms)):
             return None
-        return torch.stack([of_bucket.isfinite().all().to(norms[-1].device) for of_bucket in norms]).all()
+        largest = reduce(torch.maximum, [of_bucket.amax().to(norms[-1].device) for of_bucket in norms])  # NaN if any is
+        return ~(largest < torch.inf)
 
     def count(self, names: Names) -> bool:
         """Return whether to skip the newest step, and count it; return False if it has been counted already.

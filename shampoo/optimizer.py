@@ -167,11 +167,11 @@ class AdamWShampoo(BucketedOptimizer):
         directions, skip = list[Flat](), error is not None
         try:
             if not skip:
-                finite = self._health.check(self._buckets, inputs, self._names)
-                skip = finite is None and self._health.count(self._names)
+                on_device = self._health.check(self._buckets, inputs, self._names)
+                skip = on_device is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                directions.append(compute_directions(bucket, of_bucket, finite) if moves else (bucket.zeros(), []))
+                directions.append(compute_directions(bucket, of_bucket, on_device) if moves else (bucket.zeros(), []))
             for group in self.param_groups if not skip else ():
                 group["step"] += id(group) in moving
         except Exception as failure:

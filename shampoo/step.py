@@ -13,23 +13,23 @@ from .options import Group
 from .preconditioner import Kronecker
 from .state import Bucket
 
-GRAFTING_CHUNK = 7 * 2**20  # elements per chunk, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
+GRAFTING_CHUNK = 7 * 2**20  # elements per chunk on a CPU, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
 
 Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
 Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
 
 
-def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
+def compute_directions(bucket: Bucket, inputs: Inputs, skip: Tensor | None) -> Flat:
     """Update the state of this rank's blocks by one step; return their directions P, a flat vector, and its `flat_views`.
 
-    `finite` is a scalar bool tensor on a device, or None for True: if False, gradients are taken as zero, and so is P.
+    `skip` is a scalar bool tensor on a device, or None for False: if True, gradients are taken as zero, and so is P.
     """
     group, layout, V = bucket.group, bucket.layout, bucket.exp_avg_sq
     t, start = group["step"] + 1, group["start_preconditioning_step"] or group["precondition_frequency"]
     counts = [steps + 1 if G is not None else 0 for steps, G in zip(bucket.steps, inputs.grads, strict=True)]
     bucket.steps = [count or steps for count, steps in zip(counts, bucket.steps, strict=True)]
     # Gradients G, copied from parameters to stacks
-    G, views = load_gradients(bucket, inputs, finite)
+    G, views = load_gradients(bucket, inputs, skip)
     if not layout.stacks:  # more ranks than blocks
         return G, views
     stacks, of_params = stack_views(layout.stacks, G), partial(spread, layout, dtype=bucket.dtype, device=bucket.device)
@@ -44,7 +44,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
     scaled = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
     grafted = rotate(bucket.preconditioners, stacks) if bucket.rotates else scaled
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
-    parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK)
+    parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK if skip is None else layout.numel)
     for part, _, _, factored in parts if V is not None else ():
         update.accumulate_squares(update.at(V, part), grafted[part], methods[factored][1], update.at(present, part))
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0
@@ -58,9 +58,14 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
             N[part].copy_(step(N[part]))
             continue
         A = step(rotate(bucket.preconditioners[some], stacks[some]) if bucket.rotates else grafted[part])
-        for i, S, A_S in zip(range(some.start, some.stop), stacks[some], A.split_with_sizes(lengths), strict=True):
-            P = bucket.preconditioners[i].direction(S, A_S.view_as(S))
-            if bad := update.graft(P, A_S.view_as(S), method.sets_length and not bucket.rotates, out=S):
+        steps = list(map(Tensor.view_as, A.split_with_sizes(lengths), stacks[some]))
+        sets_length = method.sets_length and not bucket.rotates
+        triples = zip(bucket.preconditioners[some], stacks[some], steps, strict=True)
+        if skip is not None:  # the host does not wait for the device
+            update.graft_all([own.direction(S, A_S) for own, S, A_S in triples], steps, sets_length, out=stacks[some])
+            continue
+        for i, (own, S, A_S) in enumerate(triples, some.start):
+            if bad := update.graft(own.direction(S, A_S), A_S, sets_length, out=S):
                 bucket.unusual.update((layout.params[i][block], "directions not finite") for block in bad)
 
     # Decoupled decay, then momentum
@@ -68,7 +73,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, finite: Tensor | None) ->
         (update.cautious_decay if group["cautious_decay"] else add)(views, inputs.views[bucket.rank], group["weight_decay"])
     if bucket.momentum_buffer is not None:
         update.momentum(bucket.momentum_buffer, N, group["momentum"], group["nesterov"], present)
-    return (N if finite is None else N.masked_fill_(~finite.to(bucket.device), 0)), views
+    return (N if skip is None else N.masked_fill_(skip.to(bucket.device), 0)), views
 
 
 def grafting_method(group: Group, factored: bool, counts: Sequence[int], of_params: Spread) -> Method:
@@ -88,14 +93,14 @@ def rotate(preconditioners: Sequence[Kronecker], stacks: Sequence[Tensor]) -> Te
     return flatten([preconditioner.rotate(S) for preconditioner, S in zip(preconditioners, stacks, strict=True)])
 
 
-def load_gradients(bucket: Bucket, inputs: Inputs, finite: Tensor | None) -> Flat:
+def load_gradients(bucket: Bucket, inputs: Inputs, skip: Tensor | None) -> Flat:
     """Return a bucket's gradients G, negated if maximize, plus coupled decay: a flat vector, and its `flat_views`."""
     layout, found, G = bucket.layout, inputs.grads, inputs.flat
     G, views = load(layout, found, bucket.dtype, bucket.device) if G is None else (G, flat_views(layout, G, found))
     if bucket.group["maximize"]:
         G.neg_()
-    if finite is not None:
-        G.masked_fill_(~finite.to(bucket.device), 0)
+    if skip is not None:
+        G.masked_fill_(skip.to(bucket.device), 0)
     if bucket.group["weight_decay"] and not bucket.group["decoupled_weight_decay"]:
         add(views, inputs.views[bucket.rank], bucket.group["weight_decay"])
     return G, views

@@ -110,23 +110,34 @@ def normalize(S: Tensor) -> Tensor:
 
 
 def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
-    """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`.
+    """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`. On a CPU.
 
     If P is not finite, or zero where A is not, out is A, or zero if not `sets_length`. Norms too small or large for float32 are
-    taken in float64. Return the indices of blocks without a usable P; always [] on an accelerator, so that the host does not
-    wait.
+    taken in float64. Return the indices of blocks without a usable P.
     """
-    lengths = block_norms(A) if sets_length else None
-    on_cpu = P.device.type == "cpu"
-    if on_cpu and are_usual(norms := block_norms(P), lengths):
+    norms, lengths = block_norms(P), block_norms(A) if sets_length else None
+    if are_usual(norms, lengths):
         torch.mul(P, 1.0 if lengths is None else lengths / (norms + 1e-16), out=out)
         return []
-    norms = block_norms(P, torch.float64)
-    scale = torch.ones_like(norms) if lengths is None else lengths / norms
-    usable = torch.add(scale, norms, alpha=0) < torch.inf  # False for NaN, and for 0 * Inf
-    out.copy_(torch.where(usable, P * scale, 0.0 if lengths is None else A))
-    bad = ~usable if lengths is None else ~usable & ((norms != 0) | (lengths > 0))
-    return bad.flatten().nonzero().flatten().tolist() if on_cpu else []
+    return (~graft_all([P], [A], sets_length, [out])).nonzero().flatten().tolist()
+
+
+def graft_all(P: Sequence[Tensor], A: Sequence[Tensor], sets_length: bool, out: Sequence[Tensor]) -> Tensor:
+    """Do what `graft` does for many stacks, in few operations and without waiting for the device. P is overwritten.
+
+    Return whether each block, of all stacks, has a usable P.
+    """
+    norms, counts = torch.cat([block_norms(X, torch.float64).flatten() for X in P]), [len(X) for X in P]
+    if sets_length:
+        scale = torch.cat([block_norms(X).flatten() for X in A]) / (norms + 1e-300)  # 0 if both norms are 0
+        usable = torch.add(scale, norms, alpha=0) < 1e200  # False for NaN, for 0 * Inf, and if only P is 0
+        for X, of_stack in zip(P, scale.split(counts), strict=True):
+            X.mul_(of_stack.view(-1, *[1] * (X.dim() - 1)))
+    else:
+        usable, A = norms < torch.inf, [P[0].new_zeros(())] * len(P)
+    for X, A_X, of_stack, target in zip(P, A, usable.split(counts), out, strict=True):
+        torch.where(of_stack.view(-1, *[1] * (X.dim() - 1)), X, A_X, out=target)
+    return usable
 
 
 def are_usual(norms: Tensor, lengths: Tensor | None) -> bool:

@@ -228,7 +228,7 @@ def test_near_1_a_polynomial_of_polar_express_has_at_most_the_error_that_it_prom
 @pytest.mark.parametrize("low", [1.0, 0.5, 2.0**-6, 2.0**-8, 2.0**-12])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-13])
 def test_polynomials_of_polar_express_map_their_interval_close_to_1(low, tolerance):
-    y = x = np.geomspace(low, 1, 5000)
+    y = np.geomspace(low, 1, 5000)
     for a, b, c in polar_express(low, tolerance):
         y = a * y + b * y**3 + c * y**5
     assert np.abs(y - 1).max() <= tolerance + 1e-15
