@@ -6,15 +6,19 @@ Approximate A'^(-1/2) in float64 in these ways, which take this many products (p
 
     stale          X itself
     Newton         X + E, where E solves E X^(-1) + X^(-1) E = I - X A' X, one Newton step for X A' X = I; 6 p
+    warm start     the symmetric part of (X A' X)^(-1/2) X, the first factor by the iteration of solver "newton"
     first order    Q (diag f(b) + D o (B - diag b)) Q^T for B = Q^T A' Q, b = diag B, f(x) = x^(-1/2), and the divided
                    differences D_ij = (f(b_i) - f(b_j)) / (b_i - b_j); 4 p
     turned         the same, after one step of orthogonal iteration, Q <- qr(A' Q), from its own last basis; 5 p + q. Where
                    the correction is more than half of the root in some direction, basis and root come from `eigh`
     qr             the optimizer's solver "qr", from its own last basis
+    anew           the optimizer's solver "newton", which starts anew, in float32
+    eigh           the optimizer's solver "eigh", in float32
 
 Columns are quantiles of the relative Frobenius error over all factors of order at least 16 and all refreshes from the second
-on, the share of errors of at most 0.1, and the share of bases from `eigh` in the first ten refreshes and later. The last table
-is the price: seconds of an eigendecomposition, a QR, and a Cholesky decomposition, over those of a product, in float32.
+on, the share of errors of at most 0.1, the mean and the largest number of products of the ways that iterate, and the share of bases
+from `eigh` in the first ten refreshes and later. The last table is the price: seconds of an eigendecomposition, a QR and a
+Cholesky decomposition, and of "newton", over those of a product, in float32.
 """
 
 import collections
@@ -23,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +39,9 @@ from torch import Tensor
 
 from runner.loop import Settings, run_trial
 from runner.workloads import WORKLOADS, load_workload
-from shampoo.roots import SOLVERS
+from shampoo.roots import SOLVERS, newton_schulz
+
+from .step_time import Watch
 
 import submission  # isort: skip  # after the runner, which makes its import of algoperf work
 
@@ -109,6 +116,26 @@ def newton_step(A: Tensor, lam: Tensor, Q: Tensor, X: Tensor) -> Tensor:
     return X + Q @ (residual / (y.unsqueeze(2) + y.unsqueeze(1))) @ Q.mT
 
 
+def warm_start(A: Tensor, X: Tensor) -> Tensor:
+    """Return the symmetric part of (X A X)^(-1/2) X, in float32.
+
+    The extreme eigenvalues of X A X, which the iteration needs, are taken as known.
+    """
+    M = X @ A @ X
+    lam = torch.linalg.eigvalsh(M)
+    low, high = lam[:, :1, None], lam[:, -1:, None]
+    Y: Tensor = newton_schulz((M / high).float(), (low / high).clamp(min=1e-6)) @ (X / high.sqrt()).float()
+    return (Y + Y.mT) / 2
+
+
+def solve(name: str, A: Tensor) -> Tensor:
+    """Return A^(-1/2) of a shifted A by one of the optimizer's solvers, in float32."""
+    one, B = torch.ones(len(A), 1), A.float()
+    eps = float(POINT["epsilon"]) * one
+    B.diagonal(dim1=1, dim2=2).sub_(eps)
+    return SOLVERS[name].solve(B, one, 0.5, eps)
+
+
 def errors(stacks: list[Tensor]) -> pd.DataFrame:
     """Return one row per way, factor, and refresh."""
     rows, norm = [], torch.linalg.matrix_norm
@@ -123,8 +150,22 @@ def errors(stacks: list[Tensor]) -> pd.DataFrame:
         turned[~reliable], found["turned"][~reliable] = new_Q[~reliable], root[~reliable]
         one = torch.ones_like(lam[:, :1])
         found["qr"] = SOLVERS["qr"].solve(A, one, 0.5, 0 * one, solver)
+        counts = {}
+        with Watch() as counts["warm start"]:
+            found["warm start"] = warm_start(A, X)
+        with Watch() as counts["anew"]:
+            found["anew"] = solve("newton", A)
+        found["eigh"] = solve("eigh", A)
         rows += [
-            pd.DataFrame({"way": way, "early": k < EARLY, "error": norm(Y - root) / norm(root), "eigh": ~reliable})
+            pd.DataFrame(
+                {
+                    "way": way,
+                    "early": k < EARLY,
+                    "error": norm(Y - root) / norm(root),
+                    "eigh": ~reliable,
+                    "products": len(counts[way].products) if way in counts else None,
+                }
+            )
             for way, Y in found.items()
         ]
         lam, Q, X = new_lam, new_Q, root
@@ -136,6 +177,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     by_way = found.groupby("way", sort=False)["error"]
     table = pd.DataFrame({"median": by_way.median(), "nine tenths": by_way.quantile(0.9), "most": by_way.max()})
     table["at most 0.1"] = by_way.agg(lambda x: (x <= 0.1).mean())
+    table[["products", "most products"]] = found.groupby("way", sort=False)["products"].agg(["mean", "max"])
     own = found[found["way"] == "turned"].groupby("early")["eigh"].mean()
     table.loc["turned", ["from eigh, early", "late"]] = own.get(True), own.get(False)
     return table
@@ -156,9 +198,14 @@ def prices() -> pd.DataFrame:
     rows = {}
     for d in ORDERS:
         G = torch.randn(max(1, 2**20 // d**2), d, 2 * d)
-        A = G @ G.mT / (2 * d)
+        A = shift(G @ G.mT)
         product = seconds(lambda A=A: A @ A)  # type: ignore[misc]  # mypy infers no type for the default
-        ways = {"eigh": torch.linalg.eigh, "QR": torch.linalg.qr, "Cholesky": torch.linalg.cholesky}
+        ways: dict[str, Callable[[Tensor], Any]] = {
+            "eigh": torch.linalg.eigh,
+            "QR": torch.linalg.qr,
+            "Cholesky": torch.linalg.cholesky,
+            "newton": partial(solve, "newton"),
+        }
         rows[d] = {name: seconds(lambda A=A, way=way: way(A)) / product for name, way in ways.items()}  # type: ignore[misc]
     return pd.DataFrame(rows).T.rename_axis("order")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shampoo import AdamWShampoo
+from shampoo import AdamWShampoo, health
 from shampoo.hyperparameters import COMPETITION
 
 from .balance import load_shapes
@@ -231,6 +231,8 @@ def main(_: Any) -> None:
     torch.set_float32_matmul_precision(FLAGS.matmul_precision)
     if FLAGS.competition:
         use_competition(FLAGS.competition)
+    if FLAGS.like_gpu:
+        health.waits = lambda x: True  # the host does not read norms
     names = [name for name in FLAGS.optimizer if is_available(name)]
     device = torch.device(FLAGS.device)
     table = measure(names, load_shapes()[FLAGS.workload], FLAGS.frequency, FLAGS.block_size, FLAGS.rounds, device)
@@ -254,6 +256,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 3, "measured rounds of `frequency` steps; medians are printed", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     flags.DEFINE_string("device", "cpu", "cpu or cuda")
+    flags.DEFINE_boolean("like_gpu", False, "on a CPU, let Shampoo take steps as on a GPU, to count its operations there")
     flags.DEFINE_enum("matmul_precision", "highest", ["highest", "high"], "of float32 products; 'high' allows TF32 on a GPU")
     flags.DEFINE_string("competition", None, "folder shampoo_submission of the competition's code, to time that too")
     app.run(main)

@@ -108,7 +108,7 @@ def newton_schulz(M: Tensor, low: Tensor) -> Tensor:
         T.diagonal(dim1=1, dim2=2).add_(a)
         return T
 
-    exponent = floor(log2(float(low.amin())) / 2)  # rounded, so that few different coefficients are computed
+    exponent = floor(2 * log2(float(low.amin()))) / 4  # of l = sqrt(low), rounded, so that few coefficients are computed
     first, *others = polar_express(2.0**exponent, 100 * torch.finfo(M.dtype).eps)
     X = T = polynomial(*first)
     for coefficients in others:

@@ -44,5 +44,8 @@ def test_a_correction_that_is_too_large_is_not_relied_on():
 def test_ways_are_exact_for_a_factor_that_stays():
     A, _, _ = drifting(0)
     found = errors([A, A, A])
-    assert set(found["way"]) == {"stale", "Newton", "first order", "turned", "qr"}
-    assert (found["error"] < 1e-9).all()
+    single = found["way"].isin(["warm start", "anew", "eigh"])  # in float32
+    assert set(found["way"]) == {"stale", "Newton", "first order", "turned", "qr", "warm start", "anew", "eigh"}
+    assert (found["error"] < single.map({True: 1e-4, False: 1e-9})).all()
+    assert set(found.loc[found["way"] == "warm start", "products"]) == {8}  # two for X A X, five for two polynomials, one for X
+    assert set(found.loc[found["way"] == "anew", "products"]) == {21}
