@@ -122,7 +122,7 @@ def run_trial(
     progress: Callable[[int, MetricLogger, bool, float], None],
 ) -> None:
     """Train until the targets are reached, the time is up, or the submission or `max_global_steps` ends the trial. Write
-    which of these it was as "ended" to its last meta_data_K.json.
+    which of these it was as "ended" to its last meta_data_K.json in `folder`, which is made if it is missing.
 
     Resume from the latest checkpoint in `folder`, if there is one. After every step, call `progress(global_step, logger,
     evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple ranks, only rank 0 logs, saves, and
@@ -149,6 +149,7 @@ def run_trial(
     )
     restore(trial)
     if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"meta_data_{trial.preemption_count}.json", meta_data(workload, rng_seed))
         write_json(folder / f"flags_{trial.preemption_count}.json", settings.flags)
         target, higher_is_better = f"validation/{workload.target_metric_name}", workload.higher_is_better

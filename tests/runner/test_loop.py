@@ -33,7 +33,6 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(tmp_path, name,
     assert point.dropout_rate > 0
 
     def train_to(step, folder):
-        folder.mkdir(exist_ok=True)
         settings = loop.Settings(16, step, None, True, True, False, {})
         workload = load_workload(name)
         for split in ("eval_train", "validation", "test"):  # small: evaluation is not tested here
