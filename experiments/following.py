@@ -16,9 +16,9 @@ Approximate A'^(-1/2) in float64 in these ways, which take this many products (p
     eigh           the optimizer's solver "eigh", in float32
 
 Columns are quantiles of the relative Frobenius error over all factors of order at least 16 and all refreshes from the second
-on, the share of errors of at most 0.1, the mean and the largest number of products of the ways that iterate, and the share of bases
-from `eigh` in the first ten refreshes and later. The last table is the price: seconds of an eigendecomposition, a QR and a
-Cholesky decomposition, and of "newton", over those of a product, in float32.
+on, the share of errors of at most 0.1, the mean and the largest number of products of the ways that iterate, and the share of
+bases from `eigh` in the first ten refreshes and later. The last table is the price: seconds of an eigendecomposition, a QR and
+a Cholesky decomposition, and of "newton", over those of a product, in float32.
 """
 
 import collections
@@ -124,7 +124,7 @@ def warm_start(A: Tensor, X: Tensor) -> Tensor:
     M = X @ A @ X
     lam = torch.linalg.eigvalsh(M)
     low, high = lam[:, :1, None], lam[:, -1:, None]
-    Y: Tensor = newton_schulz((M / high).float(), (low / high).clamp(min=1e-6)) @ (X / high.sqrt()).float()
+    Y: Tensor = newton_schulz((M / high).float(), max(1e-6, float((low / high).amin()))) @ (X / high.sqrt()).float()
     return (Y + Y.mT) / 2
 
 

@@ -90,13 +90,15 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
     M = A.clone()
     M.diagonal(dim1=1, dim2=2).add_(shift.squeeze(2))
     norm = torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True)
-    X = newton_schulz(M / norm, shift / norm) if r == 2 else coupled_newton(M / norm, r)
+    trace = A.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0).view_as(norm)
+    low = 1 / (trace / shift + A.shape[-1] ** 0.5)  # <= shift / norm; with a relative eps, the same for all factors
+    X = newton_schulz(M / norm, float(low.amin())) if r == 2 else coupled_newton(M / norm, r)
     root: Tensor = (s.unsqueeze(2) * norm).pow(-p) * (X + X.mT) / 2
     return root
 
 
-def newton_schulz(M: Tensor, low: Tensor) -> Tensor:
-    """Return M^(-1/2) for eigenvalues in [low, 1], where low is (B, 1, 1), by the coupled Newton-Schulz iteration of degree 5
+def newton_schulz(M: Tensor, low: float) -> Tensor:
+    """Return M^(-1/2) for symmetric M with eigenvalues in [low, 1] by the coupled Newton-Schulz iteration of degree 5
 
         X <- X T,  M <- T M T,  T = a I + b M + c M^2,     from X = I,
 
@@ -108,8 +110,8 @@ def newton_schulz(M: Tensor, low: Tensor) -> Tensor:
         T.diagonal(dim1=1, dim2=2).add_(a)
         return T
 
-    exponent = floor(2 * log2(float(low.amin()))) / 4  # of l = sqrt(low), rounded, so that few coefficients are computed
-    first, *others = polar_express(2.0**exponent, 100 * torch.finfo(M.dtype).eps)
+    exponent = floor(2 * log2(low)) / 4  # of l = sqrt(low), rounded, so that few coefficients are computed
+    first, *others = polar_express(2.0**exponent, 25 * torch.finfo(M.dtype).eps)
     X = T = polynomial(*first)
     for coefficients in others:
         M = T @ (M @ T)

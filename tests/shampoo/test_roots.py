@@ -54,7 +54,8 @@ def test_the_root_of_a_zero_matrix_with_relative_eps_is_that_of_eps(solver, dtyp
     A = torch.stack([torch.zeros(3, 3), torch.eye(3)]).to(dtype)
     X = root(A, 0.5, 1e-4, torch.zeros_like(A), solver=solver, relative_eps=True)
     expected = torch.stack([100 * torch.eye(3), (1 + 3e-4) ** -0.5 * torch.eye(3)]).to(dtype)
-    torch.testing.assert_close(X, expected, rtol=1e-6, atol=0)
+    truncated = 25 * torch.finfo(dtype).eps if solver == "newton" else 0.0  # the error of its polynomials
+    torch.testing.assert_close(X, expected, rtol=1e-6 + truncated, atol=0)
 
 
 @pytest.mark.parametrize("solver", ["eigh", "qr"])
