@@ -256,7 +256,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 3, "measured rounds of `frequency` steps; medians are printed", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "number of CPU threads", lower_bound=1)
     flags.DEFINE_string("device", "cpu", "cpu or cuda")
-    flags.DEFINE_boolean("like_gpu", False, "on a CPU, let Shampoo take steps as on a GPU, to count its operations there")
+    flags.DEFINE_boolean("like_gpu", False, "on a CPU, run Shampoo's ordinary steps as on a GPU, to count operations")
     flags.DEFINE_enum("matmul_precision", "highest", ["highest", "high"], "of float32 products; 'high' allows TF32 on a GPU")
     flags.DEFINE_string("competition", None, "folder shampoo_submission of the competition's code, to time that too")
     app.run(main)

@@ -121,8 +121,8 @@ def run_trial(
     settings: Settings,
     progress: Callable[[int, MetricLogger, bool, float], None],
 ) -> None:
-    """Train until the targets are reached, the time is up, or the submission or `max_global_steps` ends the trial. Write
-    which of these it was as "ended" to its last meta_data_K.json in `folder`, which is made if it is missing.
+    """Train until the targets are reached, the time is up, or the submission or `max_global_steps` ends the trial. Record
+    which as "ended" in the last meta_data_K.json in `folder`, which is created if missing.
 
     Resume from the latest checkpoint in `folder`, if there is one. After every step, call `progress(global_step, logger,
     evaluated, submission_seconds)`; `logger.last` holds the latest metrics. With multiple ranks, only rank 0 logs, saves, and

@@ -62,8 +62,8 @@ class AdamWShampoo(BucketedOptimizer):
         normalized_grafting: update the grafting method's second moment from each block's G / ||G||_F and, once there are
             roots, take its step from that instead of the averaged gradient.
         solver: "eigh", exact; "qr", updates the previous eigenvectors, at 50% more memory for matrices; "newton", matrix
-            products only, for exponents 1, 1/2, 1/3, ...; "auto", "newton" on accelerators for exponents 1/2 (for "soap",
-            "qr"), else "eigh".
+            products only, for exponents 1, 1/2, 1/3, ...; "auto", "newton" on accelerators for exponents 1/2 and a relative
+            eps of at least 1e-6 (for "soap", "qr"), else "eigh".
         qr_tolerance: "qr" keeps a basis Q while the off-diagonal part of Q^T A Q is at most this fraction of ||A||_F.
         stagger: spread refreshes over steps; each root is refreshed once per precondition_frequency steps.
         precondition_vectors: whether blocks of order 1 (biases, norms, merged dimensions) can have factors; else, see max_dim.
@@ -146,7 +146,7 @@ class AdamWShampoo(BucketedOptimizer):
 
     @property
     def events(self) -> Counter[str]:
-        """Counts of skipped steps, of roots that needed a fallback, and of directions that were not finite."""
+        """Counts of skipped steps, of roots that needed a fallback, and on a CPU of directions that were not finite."""
         return self._health.events
 
     @_disable_dynamo
@@ -167,11 +167,13 @@ class AdamWShampoo(BucketedOptimizer):
         directions, skip = list[Flat](), error is not None
         try:
             if not skip:
-                on_device = self._health.check(self._buckets, inputs, self._names)
-                skip = on_device is None and self._health.count(self._names)
+                skip_on_device = self._health.check(self._buckets, inputs, self._names)
+                skip = skip_on_device is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                directions.append(compute_directions(bucket, of_bucket, on_device) if moves else (bucket.zeros(), []))
+                with torch.autocast(bucket.device.type, enabled=False):  # that of a user who calls `step` under it
+                    P = compute_directions(bucket, of_bucket, skip_on_device) if moves else (bucket.zeros(), [])
+                directions.append(P)
             for group in self.param_groups if not skip else ():
                 group["step"] += id(group) in moving
         except Exception as failure:

@@ -12,8 +12,8 @@ batch fails, a solver raises LinAlgError or returns NaN or Inf; `inverse_root` t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from math import floor, isclose, log2, sqrt
-from typing import NamedTuple
+from math import floor, isclose, isfinite, log2, sqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,15 +85,19 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
     eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon, since rounding may have made eigenvalues of A
     negative by that much.
     """
-    r, u = round(1 / p), torch.finfo(A.dtype).eps
-    shift = torch.maximum(eps / s, 2 * u * torch.linalg.vector_norm(A, dim=(1, 2)).unsqueeze(1)).unsqueeze(2)
-    M = A.clone()
-    M.diagonal(dim1=1, dim2=2).add_(shift.squeeze(2))
-    norm = torch.linalg.vector_norm(M, dim=(1, 2), keepdim=True)
-    trace = A.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0).view_as(norm)
-    low = 1 / (trace / shift + A.shape[-1] ** 0.5)  # <= shift / norm; with a relative eps, the same for all factors
-    X = newton_schulz(M / norm, float(low.amin())) if r == 2 else coupled_newton(M / norm, r)
-    root: Tensor = (s.unsqueeze(2) * norm).pow(-p) * (X + X.mT) / 2
+    r, length = round(1 / p), torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True)
+    shift = torch.maximum((eps / s).unsqueeze(2), 2 * torch.finfo(A.dtype).eps * length)
+    norm = length + shift  # at least the largest eigenvalue of A + shift I
+    M = A / norm
+    M.diagonal(dim1=1, dim2=2).add_((shift / norm).squeeze(2))
+    if r == 2:
+        # shift / norm >= 1 / (tr A / shift + 1), which with a relative eps is the same for all A, so that roots do not depend
+        # on other matrices of the batch
+        ratio = float((A.diagonal(dim1=1, dim2=2).sum(dim=1) / shift.flatten()).amax())
+        X = newton_schulz(M, 1 / (max(0.0, ratio) + 1))
+    else:
+        X = coupled_newton(M, r)
+    root: Tensor = (X + X.mT).mul_(norm.pow(-p) * s.unsqueeze(2).pow(-p) / 2)
     return root
 
 
@@ -114,9 +118,9 @@ def newton_schulz(M: Tensor, low: float) -> Tensor:
     first, *others = polar_express(2.0**exponent, 25 * torch.finfo(M.dtype).eps)
     X = T = polynomial(*first)
     for coefficients in others:
-        M = T @ (M @ T)
+        M = torch.bmm(T, torch.bmm(M, T))
         T = polynomial(*coefficients)
-        X = X @ T
+        X = torch.bmm(X, T)
     return X
 
 
@@ -155,7 +159,7 @@ def minimax(low: float, high: float) -> tuple[tuple[float, float, float], float]
 
 
 def coupled_newton(M: Tensor, r: int) -> Tensor:
-    """Return M^(-1/r) for symmetric positive definite M of Frobenius norm 1, by the coupled Newton iteration
+    """Return M^(-1/r) for symmetric M with eigenvalues in (0, 1], by the coupled Newton iteration
 
         X <- X T,  M <- T^r M,  T = ((r + 1) I - M) / r,     from X = z^(1/r) I, M = z M, where z = (1 + r) / 2,
 
@@ -167,7 +171,8 @@ def coupled_newton(M: Tensor, r: int) -> Tensor:
     enough = 10 * torch.finfo(M.dtype).eps * M.shape[-1] ** 0.5
     going = torch.ones_like(error, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
-        T = ((r + 1) * eye - M) / r
+        T = M / -r
+        T.diagonal(dim1=1, dim2=2).add_((r + 1) / r)
         M_next = torch.linalg.matrix_power(T, r) @ M
         error_next = torch.linalg.vector_norm(M_next - eye, dim=(1, 2), keepdim=True)
         going &= (error > enough) & (error_next < 1.2 * error)  # an error that grows is rounding
@@ -203,12 +208,20 @@ SOLVERS: dict[str, Solver] = {
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 matrix products in full precision, even if the user allows TF32 or bfloat16."""
-    allowed = torch.get_float32_matmul_precision()
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set per backend, as torch 2.9 and newer allow
+        allowed = ""
+    backends: list[Any] = [] if allowed else [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        if allowed:
+            torch.set_float32_matmul_precision(allowed)
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 @full_precision()
@@ -272,7 +285,8 @@ def _scales(A: Tensor, c: float | Tensor, eps: float) -> Tensor:
 
 
 def _finite(X: Tensor) -> Tensor:
-    if not torch.isfinite(X).all():  # on a CPU, float32 eigh may return NaN without an error for rank-deficient matrices
+    """Return X. Raise LinAlgError if an element is NaN or Inf, which float32 `eigh` may return on a CPU without an error."""
+    if not isfinite(torch.linalg.vector_norm(X, torch.inf).item()):
         raise LinAlgError("a matrix with NaN or Inf")
     return X
 

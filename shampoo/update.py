@@ -110,7 +110,7 @@ def normalize(S: Tensor) -> Tensor:
 
 
 def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
-    """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`. On a CPU.
+    """out <- P ||A||_F / (||P||_F + 1e-16) for each block, or out <- P if not `sets_length`. Reads the norms on the host.
 
     If P is not finite, or zero where A is not, out is A, or zero if not `sets_length`. Norms too small or large for float32 are
     taken in float64. Return the indices of blocks without a usable P.
@@ -125,13 +125,13 @@ def graft(P: Tensor, A: Tensor, sets_length: bool, out: Tensor) -> list[int]:
 def graft_all(P: Sequence[Tensor], A: Sequence[Tensor], sets_length: bool, out: Sequence[Tensor]) -> Tensor:
     """Do what `graft` does for many stacks, in few operations and without waiting for the device. P is overwritten.
 
-    Return whether each block, of all stacks, has a usable P.
+    Return a bool vector over the blocks of all stacks, True where P is usable.
     """
     norms, counts = torch.cat([block_norms(X, torch.float64).flatten() for X in P]), [len(X) for X in P]
     if sets_length:
         scale = torch.cat([block_norms(X).flatten() for X in A]) / (norms + 1e-300)  # 0 if both norms are 0
-        usable = torch.add(scale, norms, alpha=0) < 1e200  # False for NaN, for 0 * Inf, and if only P is 0
-        for X, of_stack in zip(P, scale.split(counts), strict=True):
+        usable = torch.add(scale, norms, alpha=0) < LARGEST  # False for NaN, for 0 * Inf, and if only P is 0
+        for X, of_stack in zip(P, scale.to(P[0].dtype).split(counts), strict=True):
             X.mul_(of_stack.view(-1, *[1] * (X.dim() - 1)))
     else:
         usable, A = norms < torch.inf, [P[0].new_zeros(())] * len(P)

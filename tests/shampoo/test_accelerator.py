@@ -58,7 +58,7 @@ def test_weights_are_those_of_the_cpu(variant, dtype, accelerated):
 
 
 @pytest.mark.parametrize("grafting", ["none", "sgd", "adam"])
-def test_a_block_without_a_usable_direction_takes_the_other_method_s_step(grafting, accelerated):
+def test_a_block_without_a_usable_direction_takes_the_grafting_method_s_step(grafting, accelerated):
     """A block whose direction overflows, and one whose direction vanishes, beside others of their stack."""
     options = {"grafting": grafting, "exponents": 1, "eps": 1e-12, "relative_eps": False, "merge_dims": False}
     (expected, found), (on_cpu, on_device) = pair(options, [(32, 16), (16, 32), (8, 16)])

@@ -426,3 +426,21 @@ def test_auto_can_be_set_again_between_steps():
         set_gradients([W], 0)
         optimizer.step()
     assert "factors.0.0" in optimizer.state[W]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": "newton"}, {"solver": "qr"}, {"preconditioner": "soap"}, {"covariance": "kl", "exponents": 0.5}],
+    ids=["defaults", "newton", "qr", "soap", "kl"],
+)
+def test_a_step_under_autocast_is_the_same(options, device):
+    """Autocast is for the model; products of the optimizer stay in the state's dtype, as AdamW's do."""
+    outside, inside = make_params(*SHAPES, device=device), make_params(*SHAPES, device=device)
+    first, second = (AdamWShampoo(p, block_size=8, precondition_frequency=2, **options) for p in (outside, inside))
+    for t in range(5):
+        set_gradients(outside, t)
+        set_gradients(inside, t)
+        first.step()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            second.step()
+    assert all(map(torch.equal, outside, inside))

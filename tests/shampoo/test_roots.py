@@ -114,6 +114,27 @@ def test_roots_have_full_precision_whatever_the_matmul_setting(solver, device):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
+def test_roots_have_full_precision_whatever_is_set_per_backend(device):
+    """Then, torch refuses to tell the setting of all backends."""
+    G = torch.randn(3, 64, 64, device=device, generator=torch.Generator(device).manual_seed(0))
+    A, matmuls = G @ G.mT / 64, (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    full = root(A, 0.25, 1e-3, solver="newton")
+    matmuls[0].fp32_precision, matmuls[1].fp32_precision = "tf32", "bf16"
+    try:
+        assert torch.equal(root(A, 0.25, 1e-3, solver="newton"), full)
+        assert [each.fp32_precision for each in matmuls] == ["tf32", "bf16"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_root_of_a_matrix_near_the_largest_number_is_not_zero(solver, p):
+    A = 1e38 * torch.eye(16)[None]
+    torch.testing.assert_close(root(A, p, 1e-8, torch.zeros_like(A), solver=solver) * 1e38**p, torch.eye(16)[None])
+
+
 def test_newton_needs_exponents_that_are_inverse_integers():
     with pytest.raises(ValueError, match=r"solver 'newton' needs exponents 0, 1, 1/2, ..., 1/64; here they are \(0.3, 0.3\)"):
         AdamWShampoo([torch.zeros(3, 4)], solver="newton", exponents=0.3, block_size=3)
