@@ -124,7 +124,8 @@ def warm_start(A: Tensor, X: Tensor) -> Tensor:
     M = X @ A @ X
     lam = torch.linalg.eigvalsh(M)
     low, high = lam[:, :1, None], lam[:, -1:, None]
-    Y: Tensor = newton_schulz((M / high).float(), max(1e-6, float((low / high).amin()))) @ (X / high.sqrt()).float()
+    root, _ = newton_schulz((M / high).float(), max(1e-6, float((low / high).amin())))
+    Y: Tensor = root @ (X / high.sqrt()).float()
     return (Y + Y.mT) / 2
 
 

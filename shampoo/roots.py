@@ -24,6 +24,7 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 
 NEWTON_STEPS = 100
 CUSHION = 0.02
+FARTHEST = 0.034  # from 1, an eigenvalue of M before the last polynomial, whatever the first interval and the dtype
 LARGEST_ROOT = 64  # largest r for which "newton" computes A^(-1/r)
 QR_TOLERANCE = 0.3
 
@@ -94,19 +95,23 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
         # shift / norm >= 1 / (tr A / shift + 1), which with a relative eps is the same for all A, so that roots do not depend
         # on other matrices of the batch
         ratio = float((A.diagonal(dim1=1, dim2=2).sum(dim=1) / shift.flatten()).amax())
-        X = newton_schulz(M, 1 / (max(0.0, ratio) + 1))
+        X, close = newton_schulz(M, 1 / (max(0.0, ratio) + 1))
     else:
-        X = coupled_newton(M, r)
+        X, close = coupled_newton(M, r), None
     root: Tensor = (X + X.mT).mul_(norm.pow(-p) * s.unsqueeze(2).pow(-p) / 2)
+    if close is not None and not close.all():
+        root[~close] = eigh(A[~close], s[~close], p, eps[~close])
     return root
 
 
-def newton_schulz(M: Tensor, low: float) -> Tensor:
+def newton_schulz(M: Tensor, low: float) -> tuple[Tensor, Tensor]:
     """Return M^(-1/2) for symmetric M with eigenvalues in [low, 1] by the coupled Newton-Schulz iteration of degree 5
 
         X <- X T,  M <- T M T,  T = a I + b M + c M^2,     from X = I,
 
-    which maps each eigenvalue x^2 of M to (a x + b x^3 + c x^5)^2, with the coefficients of `polar_express`.
+    which maps each eigenvalue x^2 of M to (a x + b x^3 + c x^5)^2, with the coefficients of `polar_express`. Also return
+    whether each M (B,) came as close to I before the last step as they make it: it does not if rounding left an eigenvalue
+    negative, whose magnitude then grows. M may be overwritten.
     """
 
     def polynomial(a: float, b: float, c: float) -> Tensor:
@@ -121,7 +126,8 @@ def newton_schulz(M: Tensor, low: float) -> Tensor:
         M = torch.bmm(T, torch.bmm(M, T))
         T = polynomial(*coefficients)
         X = torch.bmm(X, T)
-    return X
+    M.diagonal(dim1=1, dim2=2).sub_(1)
+    return X, torch.linalg.vector_norm(M, dim=(1, 2)) <= 0.5 + FARTHEST * M.shape[-1] ** 0.5
 
 
 @lru_cache(maxsize=256)

@@ -130,8 +130,8 @@ def graft_all(P: Sequence[Tensor], A: Sequence[Tensor], sets_length: bool, out: 
     norms, counts = torch.cat([block_norms(X, torch.float64).flatten() for X in P]), [len(X) for X in P]
     if sets_length:
         scale = torch.cat([block_norms(X).flatten() for X in A]) / (norms + 1e-300)  # 0 if both norms are 0
-        usable = torch.add(scale, norms, alpha=0) < LARGEST  # False for NaN, for 0 * Inf, and if only P is 0
-        for X, of_stack in zip(P, scale.to(P[0].dtype).split(counts), strict=True):
+        usable = torch.add(scale, norms, alpha=0) < 1e200  # False for NaN, for 0 * Inf, and if only P is 0
+        for X, of_stack in zip(P, scale.split(counts), strict=True):
             X.mul_(of_stack.view(-1, *[1] * (X.dim() - 1)))
     else:
         usable, A = norms < torch.inf, [P[0].new_zeros(())] * len(P)

@@ -111,6 +111,8 @@ def test_each_block_is_scaled_or_replaced(sets_length):
         ([3.0, 4.0], [0.0, 10.0], [6.0, 8.0], True, [3.0, 4.0]),
         ([3e-30, 4e-30], [0.0, 10.0], [6.0, 8.0], True, [3e-30, 4e-30]),
         ([3e30, 4e30], [0.0, 10.0], [6.0, 8.0], True, [3e30, 4e30]),
+        ([3e30, 4e30], [0.0, 1e-15], [6e-16, 8e-16], True, [3e30, 4e30]),
+        ([3e-37, 4e-37], [0.0, 1e4], [6e3, 8e3], True, [3e-37, 4e-37]),
         ([3.0, 4.0], [0.0, 0.0], [0.0, 0.0], True, [3.0, 4.0]),
         ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0], True, [0.0, 0.0]),
         ([0.0, 0.0], [1.0, 2.0], [1.0, 2.0], not sets_length, [0.0, 0.0]),
@@ -119,10 +121,10 @@ def test_each_block_is_scaled_or_replaced(sets_length):
     ]
     P, A, lengthened, usable, plain = (torch.tensor(column) for column in zip(*cases, strict=True))
     expected = lengthened if sets_length else plain
-    stacks = [torch.full((5, 2), 7.0), torch.full((3, 2), 7.0)]
-    found = graft_all(P.clone().split([5, 3]), A.split([5, 3]), sets_length, stacks)
+    stacks = [torch.full((7, 2), 7.0), torch.full((3, 2), 7.0)]
+    found = graft_all(P.clone().split([7, 3]), A.split([7, 3]), sets_length, stacks)
     assert found.tolist() == usable.tolist()
-    torch.testing.assert_close(torch.cat(stacks), expected)
-    stack = torch.full((8, 2), 7.0)
+    torch.testing.assert_close(torch.cat(stacks), expected, rtol=1e-6, atol=0)
+    stack = torch.full((10, 2), 7.0)
     assert graft(P, A, sets_length, stack) == (~usable).nonzero().flatten().tolist()
-    torch.testing.assert_close(stack, expected)
+    torch.testing.assert_close(stack, expected, rtol=1e-6, atol=0)

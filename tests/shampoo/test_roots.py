@@ -267,3 +267,65 @@ def test_a_square_root_takes_few_products(eps, products):
     assert len(watched.products) == products
     for ours, matrix in zip(X.numpy(), A.double().numpy()):
         assert relative(ours, exact(matrix, 0.5, eps * np.trace(matrix))) < 2e-4
+
+
+def nearly_of_rank_one(d):
+    """Return factors whose small eigenvalues are those that rounding leaves."""
+    draw = torch.Generator().manual_seed(d)
+    random = torch.randn(4, d, generator=draw)
+    vectors = [torch.ones(1, d), 0.8 * torch.ones(1, d), random, random.sign()]
+    G = torch.cat(vectors).unsqueeze(1)
+    averaged = torch.zeros(len(G), d, d)
+    for _ in range(100):
+        averaged.baddbmm_(G.mT, G, beta=0.98, alpha=0.02)
+    return torch.cat([G.mT @ G, averaged])
+
+
+@pytest.mark.parametrize("d", [2, 16, 128])
+@pytest.mark.parametrize("eps", [1e-4, 1e-5])
+def test_newton_takes_products_only_where_auto_chooses_it(d, eps, monkeypatch):
+    """Also if all small eigenvalues are rounding errors: no root comes from eigenvectors, and errors are of their size."""
+    A = nearly_of_rank_one(d)
+    monkeypatch.delattr(roots, "eigh")
+    X = root(A, 0.5, eps, solver="newton", relative_eps=True)
+    for ours, matrix in zip(X.numpy(), A.double().numpy()):
+        assert relative(ours, exact(matrix, 0.5, eps * np.trace(matrix))) < 2e-7 * d**0.5 / eps
+
+
+def indefinite():
+    """Return a matrix with one eigenvalue of -8 machine epsilons."""
+    lam = torch.logspace(0, -12, 16).double()
+    lam[-1] = -8 * 2**-23
+    Q = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).double()).Q
+    A = (Q * lam) @ Q.mT
+    return ((A + A.mT) / 2).float()[None]
+
+
+@pytest.mark.parametrize("eps", [1e-6, 3e-7, 1e-7])
+def test_newton_takes_eigenvectors_where_rounding_exceeds_eps(eps):
+    """The polynomials make negative eigenvalues grow without bound; a root of positive ones is at most (eps trace)^(-1/2)."""
+    equal = torch.linspace(0.5, 1, 12)[:, None, None] * torch.ones(256, 256)
+    for A, most in ((equal, 1.5), (indefinite(), 3)):
+        X = root(A, 0.5, eps, solver="newton", relative_eps=True)
+        limit = (eps * A.diagonal(dim1=1, dim2=2).sum(dim=1)).rsqrt()
+        assert (torch.linalg.matrix_norm(X, 2) <= most * limit).all()
+
+
+def test_newton_is_as_accurate_as_its_polynomials():
+    """For the smallest eigenvalue that a relative eps allows, too."""
+    A = torch.zeros(2, 16, 16)
+    A[0, 3, 3] = 1
+    for eps in (1e-3, 1e-4, 1e-5):
+        X = root(A, 0.5, eps, solver="newton", relative_eps=True)[0]
+        expected = torch.full((16,), eps).index_fill(0, torch.tensor(3), 1 + eps) ** -0.5
+        torch.testing.assert_close(X, expected.diag(), rtol=5e-6, atol=0)
+
+
+def test_newton_needs_no_positive_trace():
+    """Where denormal numbers are zero, so are the scales of a zero matrix."""
+    torch.set_flush_denormal(True)
+    try:
+        X, _ = inverse_root(torch.zeros(1, 4, 4), 1e-8, 0.5, 1e-4, torch.zeros(1, 4, 4), relative_eps=True, solver="newton")
+    finally:
+        torch.set_flush_denormal(False)
+    assert X.isfinite().all()
