@@ -253,7 +253,8 @@ After five gradients of rank 3, 64 x 64:
 {low_rank}
 
 - Factors: TF32 hardly changes roots, since factors of rounded gradients are still semidefinite.
-- Roots: "newton" needs full precision, which `shampoo.roots` always takes; the one product of "eigh" does not.
+- Roots: "newton" needs full precision, which `shampoo.roots` always takes: its roots in TF32 err, or come from eigenvectors
+  after all. The one product of "eigh" does not need it.
 - Directions: where factors are rank-deficient, roots are large in a space that the averaged gradient does not touch. Once
   rounded, it does, and the direction is wrong by up to its own length. So `submission.py` takes its steps in full precision.
 

@@ -58,11 +58,11 @@ def test_the_models_products_are_rounded_forward_and_backward(matrices):
 
 
 @pytest.mark.slow
-def test_directions_and_roots_of_low_rank_need_full_precision_and_factors_do_not():
+def test_directions_of_low_rank_need_full_precision_and_factors_do_not():
     table = error_table([low_rank_gradients()])
-    newton = table.loc["entry: power 1/2, relative epsilon 1e-5", "newton"]
+    newton, eigh = (table.loc["entry: power 1/2, relative epsilon 1e-5", solver] for solver in ("newton", "eigh"))
     assert newton.loc["factors", "factors"] < 1e-3
     assert newton.loc["roots", "factors"] < 1e-3
     assert newton.loc["directions", "factors"] < 1e-2
     assert newton.loc["directions", "directions"] > 0.1
-    assert newton.loc["roots", "roots_too"] > 0.1
+    assert newton.loc["roots", "roots_too"] == pytest.approx(eigh.loc["roots", "roots_too"])  # from eigenvectors
