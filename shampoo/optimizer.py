@@ -171,7 +171,7 @@ class AdamWShampoo(BucketedOptimizer):
                 skip = skip_on_device is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                with torch.autocast(bucket.device.type, enabled=False):  # that of a user who calls `step` under it
+                with torch.autocast(bucket.device.type, enabled=False):  # a user may call `step` under it
                     P = compute_directions(bucket, of_bucket, skip_on_device) if moves else (bucket.zeros(), [])
                 directions.append(P)
             for group in self.param_groups if not skip else ():

@@ -81,7 +81,8 @@ def qr(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor, qr_tolerance: flo
 
 
 def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None) -> Tensor:
-    """Return (s A + eps I)^(-1/r) for an integer r = 1/p, from matrix products only; Q is ignored.
+    """Return (s A + eps I)^(-1/r) for an integer r = 1/p, from matrix products only, except that for r = 2, `eigh` computes
+    the roots of matrices whose rounding errors exceed eps. Q is ignored.
 
     eps / s is raised to at least 2 u ||A||_F, where u is the machine epsilon, since rounding may have made eigenvalues of A
     negative by that much.
