@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from experiments.following import decompose, errors, first_order, newton_step
+from experiments.following import decompose, errors, first_order, newton_step, warm_start
 
 
 def drifting(size, seed=0):
@@ -49,3 +49,12 @@ def test_ways_are_exact_for_a_factor_that_stays():
     assert (found["error"] < single.map({True: 1e-4, False: 1e-9})).all()
     assert set(found.loc[found["way"] == "warm start", "products"]) == {8}  # two for X A X, five for two polynomials, one for X
     assert set(found.loc[found["way"] == "anew", "products"]) == {21}
+
+
+def test_a_warm_start_follows_its_formula():
+    A, changed, _ = drifting(0.3)
+    _, _, X = decompose(A)
+    M = (X @ changed @ X)[0].numpy()
+    mu, V = np.linalg.eigh((M + M.T) / 2)
+    Y = (V * mu**-0.5) @ V.T @ X[0].numpy()
+    np.testing.assert_allclose(warm_start(changed, X)[0].numpy(), (Y + Y.T) / 2, rtol=0, atol=1e-5 * np.abs(Y).max())
