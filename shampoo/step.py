@@ -14,7 +14,7 @@ from .preconditioner import Kronecker
 from .state import Bucket
 
 GRAFTING_CHUNK = 7 * 2**20  # elements per chunk on a CPU, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
-DEVICE_CHUNK = 2**24  # the same on an accelerator, where each chunk takes launches
+DEVICE_CHUNK = 2**26  # the same on an accelerator, where each chunk takes launches, and the peak is at refreshes
 
 Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
 Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
