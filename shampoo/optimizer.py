@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -171,7 +172,8 @@ class AdamWShampoo(BucketedOptimizer):
                 skip = skip_on_device is None and self._health.count(self._names)
             for bucket, of_bucket in zip(self._buckets, inputs, strict=True) if not skip else ():
                 moves = id(bucket.group) in moving
-                with torch.autocast(bucket.device.type, enabled=False):  # a user may call `step` under it
+                kind = bucket.device.type  # `step` may be called under autocast, but products keep their dtype
+                with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
                     P = compute_directions(bucket, of_bucket, skip_on_device) if moves else (bucket.zeros(), [])
                 directions.append(P)
             for group in self.param_groups if not skip else ():
