@@ -101,7 +101,7 @@ def newton(A: Tensor, s: Tensor, p: float, eps: Tensor, Q: Tensor | None = None)
         X, close = coupled_newton(M, r), None
     root: Tensor = (X + X.mT).mul_(norm.pow(-p) * s.unsqueeze(2).pow(-p) / 2)
     if close is not None and not close.all():
-        root[~close] = eigh(A[~close], s[~close], p, eps[~close])
+        root[~close] = eigh(A[~close], s[~close], p, (s * shift.squeeze(2))[~close])
     return root
 
 

@@ -311,6 +311,14 @@ def test_newton_takes_eigenvectors_where_rounding_exceeds_eps(eps):
         assert (torch.linalg.matrix_norm(X, 2) <= most * limit).all()
 
 
+def test_newton_raises_a_tiny_eps_alike_for_products_and_eigenvectors():
+    """Of equal matrices but for their scale, some roots take eigenvectors; all of them are about as large."""
+    scales = torch.linspace(1, 1.2, 40)
+    A = scales[:, None, None] * torch.ones(64, 64)
+    largest = torch.linalg.matrix_norm(root(A, 0.5, 1e-10, solver="newton"), 2) * scales.sqrt()
+    assert largest.max() < 2 * largest.min()
+
+
 def test_newton_is_as_accurate_as_its_polynomials():
     """For the smallest eigenvalue that a relative eps allows, too."""
     A = torch.zeros(2, 16, 16)
