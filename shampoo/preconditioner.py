@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # `options` needs PRECONDITIONERS
     from .options import Options
 
 SOLVER_CHUNK = 2**22  # elements of factors per solver call: bounds the solver's workspace
-DEVICE_CHUNK = 2**24  # the same on an accelerator, where each call takes many launches
+DEVICE_SOLVER_CHUNK = 2**24  # the same on an accelerator, where each call takes many launches
 
 Rows = slice | list[int]  # an index of some blocks of a stack
 Notes = list[tuple[int, str]]  # blocks, and what became of a root
@@ -77,7 +77,7 @@ class Kronecker:
         for d, A in enumerate(self.factors):
             if A is None:
                 continue
-            few = max(1, (SOLVER_CHUNK if A.device.type == "cpu" else DEVICE_CHUNK) // A[0].numel())
+            few = max(1, (SOLVER_CHUNK if A.device.type == "cpu" else DEVICE_SOLVER_CHUNK) // A[0].numel())
             for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
                 rows = slice(some[0], some[-1] + 1) if isinstance(some, range) else list(some)  # a slice is a view
                 causes = self.solve(d, A[rows], rows, bc2[rows] if isinstance(bc2, Tensor) else bc2, options, V)

@@ -114,21 +114,22 @@ def newton_schulz(M: Tensor, low: float) -> tuple[Tensor, Tensor]:
     whether each M (B,) came as close to I before the last step as they make it: it does not if rounding left an eigenvalue
     negative, whose magnitude then grows. M may be overwritten.
     """
-
-    def polynomial(a: float, b: float, c: float) -> Tensor:
-        T = torch.baddbmm(M, M, M, beta=b, alpha=c)
-        T.diagonal(dim1=1, dim2=2).add_(a)
-        return T
-
     exponent = floor(2 * log2(low)) / 4  # of l = sqrt(low), rounded, so that few coefficients are computed
     first, *others = polar_express(2.0**exponent, 25 * torch.finfo(M.dtype).eps)
-    X = T = polynomial(*first)
+    X = T = polynomial(M, *first)
     for coefficients in others:
         M = torch.bmm(T, torch.bmm(M, T))
-        T = polynomial(*coefficients)
+        T = polynomial(M, *coefficients)
         X = torch.bmm(X, T)
     M.diagonal(dim1=1, dim2=2).sub_(1)
     return X, torch.linalg.vector_norm(M, dim=(1, 2)) <= 0.5 + FARTHEST * M.shape[-1] ** 0.5
+
+
+def polynomial(M: Tensor, a: float, b: float, c: float) -> Tensor:
+    """Return a I + b M + c M^2."""
+    T = torch.baddbmm(M, M, M, beta=b, alpha=c)
+    T.diagonal(dim1=1, dim2=2).add_(a)
+    return T
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from .preconditioner import Kronecker
 from .state import Bucket
 
 GRAFTING_CHUNK = 7 * 2**20  # elements per chunk on a CPU, 28 MiB in float32: glibc's malloc reuses memory up to 32 MiB
-DEVICE_CHUNK = 2**26  # the same on an accelerator, where each chunk takes launches, and the peak is at refreshes
+DEVICE_GRAFTING_CHUNK = 2**26  # the same on an accelerator, where each chunk takes launches
 
 Spread = Callable[[Sequence[float]], Tensor]  # value per parameter -> flat vector
 Method = tuple[Grafting, float, float | Tensor]  # grafting, its beta2, and 1 - beta2^t
@@ -45,7 +45,7 @@ def compute_directions(bucket: Bucket, inputs: Inputs, skip: Tensor | None) -> F
     scaled = flatten(list(map(update.normalize, stacks))) if group["normalized_grafting"] else G
     grafted = rotate(bucket.preconditioners, stacks) if bucket.rotates else scaled
     methods = {factored: grafting_method(group, factored, counts, of_params) for factored in set(bucket.has_factors)}
-    parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK if skip is None else DEVICE_CHUNK)
+    parts = chunks(layout.stacks, bucket.has_factors, GRAFTING_CHUNK if skip is None else DEVICE_GRAFTING_CHUNK)
     for part, _, _, factored in parts if V is not None else ():
         update.accumulate_squares(update.at(V, part), grafted[part], methods[factored][1], update.at(present, part))
     bc1 = update.bias_corrections(group["betas"][0], counts, of_params) if group["bias_correction"] else 1.0

@@ -13,6 +13,17 @@ LIKE_ADAMW = partial(AdamWShampoo, start_preconditioning_step=10**9, block_size=
 # The competition's values of options whose defaults differ
 COMPETITION = {"eps": 1e-8, "relative_eps": False, "exponents": None, "max_factor_ratio": None, "block_size": 1024}
 SHAPES = [(6, 5), (20, 9), (7,)]  # one block, several, a vector
+# For steps on accelerators, where all stacks are grafted at once
+MORE_SHAPES = [(40, 24), (24,), (6, 5, 4), (1, 8), (24, 24), (24, 24)]
+VARIANTS = {
+    "defaults": {},
+    "competition": {"exponents": None, "max_factor_ratio": None, "relative_eps": False, "nadam": True, "weight_decay": 0.1},
+    "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "cautious_decay": True},
+    "no grafting": {"grafting": "none"},
+    "SGD's length": {"grafting": "sgd"},
+    "soap": {"preconditioner": "soap"},
+    "bf16 roots": {"bf16_roots": True, "block_size": 16},
+}
 
 
 def make_params(*shapes, dtype=torch.float32, device="cpu", seed=0):

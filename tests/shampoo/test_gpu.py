@@ -7,22 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import make_params, set_gradients
+from common import MORE_SHAPES, VARIANTS, make_params, set_gradients
 
 from shampoo import AdamWShampoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-SHAPES = [(40, 24), (24,), (6, 5, 4), (1, 8), (24, 24), (24, 24)]
-VARIANTS = {
-    "defaults": {},
-    "competition": {"exponents": None, "max_factor_ratio": None, "relative_eps": False, "nadam": True, "weight_decay": 0.1},
-    "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "cautious_decay": True},
-    "no grafting": {"grafting": "none"},
-    "soap": {"preconditioner": "soap"},
-    "bf16 roots": {"bf16_roots": True, "block_size": 16},
-    "staggered, between turns": {"stagger": True, "precondition_frequency": 100, "start_preconditioning_step": 100},
-}
+BETWEEN_TURNS = {"stagger": True, "precondition_frequency": 100, "start_preconditioning_step": 100}
 
 
 def load_gradients(params, seed):
@@ -31,10 +22,10 @@ def load_gradients(params, seed):
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_ordinary_step_never_waits_for_the_device(variant):
-    params = make_params(*SHAPES, device="cuda")
-    optimizer = AdamWShampoo(params, **{"precondition_frequency": 20, "start_preconditioning_step": 1, **VARIANTS[variant]})
+@pytest.mark.parametrize("options", [*VARIANTS.values(), BETWEEN_TURNS], ids=[*VARIANTS, "staggered, between turns"])
+def test_an_ordinary_step_never_waits_for_the_device(options):
+    params = make_params(*MORE_SHAPES, device="cuda")
+    optimizer = AdamWShampoo(params, **{"precondition_frequency": 20, "start_preconditioning_step": 1, **options})
     for t in range(3):
         load_gradients(params, t)
         optimizer.step()
